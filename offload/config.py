@@ -1,0 +1,59 @@
+"""How a model is to be run: one frozen value, checked when made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offload.sizes import parse_size
+from tiers import UsageError
+
+DEVICES = ("auto", "cpu")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """What `offload.load` and the commands take.
+
+    `ram`: peak resident bytes of the whole process (None: what is free). `resident`: most weight bytes kept in
+    memory, bytes or a percentage of the model (None: as many as fit). `context`: tokens KV is reserved for (None:
+    what fits, at most the model's own). `threads`: compute threads (None: all cores).
+    """
+
+    ram: str | int | None = None
+    resident: str | int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    context: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ram is not None and not str(self.ram).strip().endswith("%"):
+            parse_size(self.ram, flag="--ram")
+        if self.resident is not None:
+            parse_size(self.resident, of=1 << 40, flag="--resident")
+        if self.device not in DEVICES:
+            raise UsageError(f"--device: {self.device!r} is not one of {', '.join(DEVICES)}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for flag, value in (("--context", self.context), ("--threads", self.threads)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UsageError(f"{flag}: {value!r} is not a whole number above zero")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], max_memory: Mapping[Any, str | int] | None = None) -> RunConfig:
+        """From keyword arguments; unknown ones are refused. `max_memory` is accelerate's spelling of the budgets."""
+        known = set(cls.__slots__)
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise UsageError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        merged = dict(options)
+        for place, size in (max_memory or {}).items():
+            if place != "cpu":
+                raise UsageError(f"max_memory: {place!r} is not a memory this machine can use; 'cpu' is")
+            if merged.get("ram") is not None:
+                raise UsageError("give the budget as ram or as max_memory, not both")
+            merged["ram"] = size
+        return cls(**merged)

@@ -1,0 +1,298 @@
+"""The engine: one model, its blocks in their tiers, and the verb `step`.
+
+transformers' own modules are the compute graph. What happens here is that, when a decoder layer (or the head, or an
+expert) is about to compute, its weights are in memory, and that meanwhile the next ones are on their way.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from kvstore import make_cache
+from moe import LayerExperts
+from offload import hf, plan_cache
+from offload.binding import Binder
+from offload.checkpoint import read_checkpoint
+from offload.config import RunConfig
+from offload.embedding import RowReader
+from offload.layout import HEAD, ExpertGroup, LaidOut, ModelLayout, lay_out_model
+from offload.plan import READERS, Demand, Plan, expert_pools, make_plan, streamed
+from offload.sizes import parse_size
+from offload.stats import StepStats
+from prefetch import CyclicSchedule, Prefetcher
+from tiers import LRU, Arena, DirectReader, Interrupted, Lease, NextUse, OffloadError, Residency, TransferQueue
+from tiers import memory as mem
+
+Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+STREAM = "stream"
+
+
+@dataclass(slots=True)
+class Sequences:
+    """A batch of sequences of one width (left-padded) and what the model keeps of them.
+
+    `cache` is a transformers cache (None: nothing is kept); `inputs` are the further model inputs, of which
+    `attention_mask` [B, past + new] and `position_ids` [B, new] are cut along with the tokens.
+    """
+
+    cache: Cache | None
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine:
+    """Loads a checkpoint folder under a budget. Use `step`, or `hf` with transformers' own tools. Close it."""
+
+    def __init__(self, folder: Path, config: RunConfig, progress: Progress | None = None) -> None:
+        began = time.perf_counter()
+        self.folder = folder
+        self.config = config
+        self.interrupt = threading.Event()
+        self._lock = threading.RLock()
+        self.hf_config = hf.load_config(folder)
+        checkpoint = read_checkpoint(folder)
+        dtype = hf.compute_dtype(self.hf_config, config.dtype)
+        self.hf = hf.build_skeleton(self.hf_config, dtype)
+        found = plan_cache.traced(folder, checkpoint, self.hf_config, lambda: hf.trace(self.hf, checkpoint.tensors))
+        self.layout: ModelLayout = lay_out_model(self.hf, found, dtype)
+        eager = hf.uses_eager_attention(self.hf)
+        shape = hf.Shape.of(self.hf_config)
+        self.plan: Plan = make_plan(
+            self.layout,
+            Demand(
+                kv=lambda tokens: hf.kv_bytes(self.hf_config, tokens, dtype.itemsize),
+                activations=lambda new, context: hf.activation_bytes(
+                    self.hf_config, new, context, dtype.itemsize, eager
+                ),
+                max_context=shape.max_context,
+                whole_prompt=self.hf_config.model_type in hf.NO_CHUNKED_PREFILL,
+            ),
+            ram=_ram_budget(config),
+            base=mem.rss(),
+            resident=(
+                parse_size(config.resident, of=self.layout.weight_bytes, flag="--resident")
+                if config.resident is not None
+                else None
+            ),
+            context=config.context,
+        )
+        self.steps: list[StepStats] = []
+        self._reader = DirectReader(checkpoint.files)
+        self._queue = TransferQueue(self._reader, READERS)
+        try:
+            self._residency = Residency(Arena(self.plan.arena), self._queue)
+            self._residency.interrupted = self.interrupt.is_set
+            self._place()
+            self._load(progress)
+        except BaseException:
+            self.close()
+            raise
+        self.load_s = time.perf_counter() - began
+
+    def step(self, sequences: Sequences, tokens: torch.Tensor) -> Any:
+        """Extend `sequences` by `tokens` [B, q] and return the model's output (logits [B, q or fewer, vocab]).
+
+        One pass over the weights, or several if q is more than the plan's `prefill_chunk` and the family allows a
+        prompt to be cut. Raises `Interrupted` at the next layer once `interrupt` is set, `ReadError`.
+        """
+        with self._lock:
+            chunk = max(1, self.plan.prefill_chunk // max(1, tokens.shape[0]))
+            keep = sequences.inputs.get("logits_to_keep", 0)
+            cut = sequences.cache is not None and tokens.shape[1] > chunk and isinstance(keep, int)
+            cut = cut and self.hf_config.model_type not in hf.NO_CHUNKED_PREFILL
+            if not cut:
+                return self._pass(tokens, sequences.cache, sequences.inputs)
+            assert sequences.cache is not None
+            outs = []
+            past = sequences.cache.get_seq_length()
+            for at in range(0, tokens.shape[1], chunk):
+                part = tokens[:, at : at + chunk]
+                inputs = _slice(sequences.inputs, past, at, part.shape[1])
+                out = self._pass(part, sequences.cache, inputs)
+                outs.append(out.logits if keep == 0 else out.logits[:, -keep:])
+            out.logits = torch.cat(outs, dim=1) if keep == 0 or keep > outs[-1].shape[1] else outs[-1]
+            if keep:
+                out.logits = out.logits[:, -keep:]
+            return out
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache with room for `capacity` tokens per sequence."""
+        return make_cache(self.hf_config, capacity)
+
+    def close(self) -> None:
+        """Stop the readers and close the files. Steps after this raise."""
+        self._queue.close()
+        self._reader.close()
+
+    # one pass, layer by layer
+
+    def _pass(self, tokens: torch.Tensor, cache: Cache | None, inputs: Mapping[str, Any]) -> Any:
+        stats = StepStats(tokens=tokens.numel())
+        counters, queue = self._residency.counters, self._queue
+        before = (counters.stall_s, queue.busy_s, sum(queue.bytes_read.values()), counters.needed, counters.hit,
+                  counters.late, counters.missed)  # fmt: skip
+        began = time.perf_counter()
+        finished = False
+        try:
+            with torch.inference_mode():
+                out = self._forward(input_ids=tokens, past_key_values=cache, **inputs)
+            finished = True
+            return out
+        finally:
+            if not finished and self._prefetcher is not None:
+                self._prefetcher.restart()
+            after = (counters.stall_s, queue.busy_s, sum(queue.bytes_read.values()), counters.needed, counters.hit,
+                     counters.late, counters.missed)  # fmt: skip
+            stats.seconds = time.perf_counter() - began
+            (stats.stall_s, stats.read_busy_s, stats.bytes_read, stats.needed, stats.hit, stats.late, stats.missed) = (
+                b - a for a, b in zip(before, after, strict=True)
+            )  # type: ignore[assignment]
+            self.steps.append(stats)
+
+    @contextmanager
+    def _streamed(self, key: str, binder: Binder) -> Iterator[None]:
+        """Around the computation of a streamed block: wait for it, look ahead, bind; afterwards look ahead again."""
+        assert self._prefetcher is not None
+        self._check()
+        with self._residency.acquire(key) as lease:
+            self._prefetcher.advance(key)
+            binder.bind(lease.slot)
+            try:
+                yield
+            finally:
+                binder.unbind()
+        self._prefetcher.advance()  # the slot just left takes the next block
+
+    @contextmanager
+    def _pinned(self) -> Iterator[None]:
+        self._check()
+        yield
+
+    def _check(self) -> None:
+        if self.interrupt.is_set():
+            raise Interrupted("interrupted")
+
+    # building
+
+    def _place(self) -> None:
+        """Give every block its pool or its own slot, and every module its way to them."""
+        plan, layout, residency = self.plan, self.layout, self._residency
+        self._forward = self.hf.forward
+        away = streamed(layout, plan)
+        self._prefetcher: Prefetcher | None = None
+        if away and plan.stream is not None:
+            schedule = CyclicSchedule([b.block.key for b in away])
+            residency.add_pool(STREAM, plan.stream.slot_nbytes, plan.stream.count, NextUse(schedule.next_use))
+            for laid_out in away:
+                residency.add(laid_out.block, STREAM)
+            self._prefetcher = Prefetcher(residency, schedule)
+        gone = {b.block.key for b in away}
+        self._pins: list[tuple[LaidOut, Binder]] = []
+        modules = [(layer.module, layer.dense) for layer in layout.layers]
+        if layout.head is not None:
+            name = layout.head.specs[0].name.rpartition(".")[0]
+            modules.append((name, layout.head))
+        for name, laid_out in modules:
+            module = self.hf.get_submodule(name)
+            binder = Binder(self.hf, laid_out)
+            key = laid_out.block.key
+            if key in gone:
+                self._wrap(module, functools.partial(self._streamed, key, binder))
+            else:
+                self._pins.append((laid_out, binder))
+                if key != HEAD:
+                    self._wrap(module, self._pinned)
+        self._pins.append((layout.rest, Binder(self.hf, layout.rest)))
+        for size, laid_outs in expert_pools(layout).items():
+            residency.add_pool(f"experts.{size}", size, plan.experts[size].count, LRU())
+            for e in laid_outs:
+                residency.add(e.block, f"experts.{size}")
+        for layer in layout.layers:
+            for group in layer.experts:
+                hf.attach_experts(self.hf.get_submodule(group.module), self._layer_experts(group))
+        self._tables = [
+            RowReader(t, module, self._queue)
+            for t in layout.tables
+            if isinstance(module := self.hf.get_submodule(t.module), nn.Embedding)
+        ]
+        self.hf.forward = self._hf_forward
+
+    def _layer_experts(self, group: ExpertGroup) -> LayerExperts:
+        specs = {e.block.key: e.specs for e in group.blocks}
+
+        def views(lease: Lease) -> dict[str, torch.Tensor]:
+            return {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
+
+        return LayerExperts(self._residency, [e.block.key for e in group.blocks], views, lookahead=READERS)
+
+    def _wrap(self, module: nn.Module, around: Callable[[], Any]) -> None:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with around():
+                return forward(*args, **kwargs)
+
+        module.forward = wrapped  # type: ignore[method-assign]
+
+    def _hf_forward(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
+        """What `model.hf(...)` and transformers' `generate()` call: they are callers of `step` like any other."""
+        if input_ids is None:
+            raise OffloadError("give input_ids: embeddings are read from disk by token")
+        cache = inputs.pop("past_key_values", None)
+        return self.step(Sequences(cache, inputs), input_ids)
+
+    def _load(self, progress: Progress | None) -> None:
+        """Read what stays in memory; the rest starts to stream."""
+        tickets = [(laid_out, binder, self._residency.pin(laid_out.block)) for laid_out, binder in self._pins]
+        experts = []
+        if self.plan.everything_fits:
+            experts = [e.block for layer in self.layout.layers for g in layer.experts for e in g.blocks]
+        total = sum(p.block.stored_nbytes for p, _ in self._pins) + sum(b.stored_nbytes for b in experts)
+        done = 0
+        for laid_out, binder, _ in tickets:
+            with self._residency.acquire(laid_out.block.key) as lease:
+                binder.bind(lease.slot)
+            done += laid_out.block.stored_nbytes
+            if progress is not None:
+                progress("loading", done, total)
+        for block in experts:
+            self._residency.prefetch(block.key)
+        for block in experts:
+            self._residency.acquire(block.key).release()
+            done += block.stored_nbytes
+            if progress is not None:
+                progress("loading", done, total)
+        if self._prefetcher is not None:
+            self._prefetcher.advance()
+
+
+def _ram_budget(config: RunConfig) -> int:
+    """`--ram` in bytes; by default, and for a percentage, of what is free within the cgroup."""
+    if config.ram is None:
+        return int(mem.available() * 0.85)  # the rest is for what else runs here
+    return parse_size(config.ram, of=mem.available(), flag="--ram")
+
+
+def _slice(inputs: Mapping[str, Any], past: int, at: int, n: int) -> dict[str, Any]:
+    """The further inputs that belong to `n` tokens from position `at` of a longer prompt."""
+    out = dict(inputs)
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        out["attention_mask"] = mask[:, : past + at + n]
+    if isinstance(positions, torch.Tensor):
+        out["position_ids"] = positions[..., at : at + n]
+    for name in ("cache_position", "token_type_ids"):
+        if isinstance(inputs.get(name), torch.Tensor):
+            out[name] = inputs[name][..., at : at + n]
+    return out

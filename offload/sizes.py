@@ -1,0 +1,57 @@
+"""Sizes as people write them: `8GiB`, `500MB`, `50%`."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from tiers import UsageError
+
+_UNITS = {
+    "": 1, "B": 1,
+    "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str | int, *, of: int | None = None, flag: str = "size") -> int:
+    """Bytes meant by `text`; `of` is what a percentage refers to. Raises `UsageError`, naming `flag`."""
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise UsageError(f"{flag}: {text!r} is not a size; write for example 8GiB")
+    text = str(text)
+    if text.strip().endswith("%"):
+        if of is None:
+            raise UsageError(f"{flag}: a percentage is not possible here; write for example 8GiB")
+        try:
+            share = float(text.strip()[:-1])
+        except ValueError:
+            share = math.nan
+        if not 0 < share <= 100:
+            raise UsageError(f"{flag}: {text} is not a percentage above 0 and up to 100")
+        return max(1, int(of * share / 100))
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"{flag}: {text!r} is not a size; write for example 8GiB, 500MB or 50%")
+    size = int(float(match[1]) * unit)
+    if size <= 0:
+        raise UsageError(f"{flag}: {text} is not above zero")
+    if size >= 1 << 60:
+        raise UsageError(f"{flag}: {text} is larger than any machine")
+    return size
+
+
+def format_size(n: float) -> str:
+    """Binary units with three digits: `4.50 GiB`, `812 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" or abs(n) >= 100 else f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:.3g} TiB"
+
+
+def ceil_mib(n: int) -> str:
+    """A size that parses back to at least `n`, in whole MiB, for messages that tell what to write."""
+    return f"{-(-n // (1 << 20))}MiB"

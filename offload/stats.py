@@ -1,0 +1,78 @@
+"""What happened: counters of one pass over the weights (`StepStats`) and of one request (`RequestStats`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class StepStats:
+    """One pass over the weights. Bytes and seconds.
+
+    `needed` are the bytes of the blocks the pass used, `hit` those of them that were in memory from before.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    stall_s: float = 0.0
+    read_busy_s: float = 0.0  # wall time with at least one disk request in flight
+    bytes_read: int = 0
+    needed: int = 0
+    hit: int = 0
+    late: int = 0
+    missed: int = 0
+
+    def __add__(self, other: StepStats) -> StepStats:
+        return StepStats(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """One request, all its passes. Times count from the request; loading the model is apart (`load_s`)."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    decode_s: float = 0.0  # from the first token to the last
+    load_s: float = 0.0
+    prefill: StepStats = field(default_factory=StepStats)
+    decode: StepStats = field(default_factory=StepStats)
+    peak_rss_bytes: int = 0
+    budget_bytes: int = 0
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first, per second; None if there was only one."""
+        if self.new_tokens < 2 or self.decode_s <= 0:
+            return None
+        return (self.new_tokens - 1) / self.decode_s
+
+    @property
+    def total(self) -> StepStats:
+        """Prefill and decode together."""
+        return self.prefill + self.decode
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the bytes of needed blocks that did not have to be read for this use."""
+        return self.total.hit / self.total.needed if self.total.needed else None
+
+    @property
+    def bottleneck(self) -> str:
+        """`disk` if compute waited for reads for more than half of the time spent in passes, else `compute`."""
+        steps = self.decode if self.decode.seconds else self.prefill
+        return "disk" if steps.seconds and steps.stall_s > 0.5 * steps.seconds else "compute"
+
+    def one_line(self) -> str:
+        """For a status line."""
+        rate = self.decode_tokens_per_s
+        parts = [f"{self.new_tokens} tokens", f"first after {self.ttft_s:.2f} s"]
+        if rate is not None:
+            parts.append(f"{rate:.1f} tokens/s")
+        if self.total.bytes_read >= 1 << 20:
+            parts.append(f"{self.total.bytes_read / max(1, self.new_tokens) / 1e6:.1f} MB read per token")
+        if self.hit_rate is not None:
+            parts.append(f"{100 * self.hit_rate:.0f}% found in memory")
+        parts.append(f"{self.bottleneck}-bound")
+        return " · ".join(parts)

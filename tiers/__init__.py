@@ -1,0 +1,27 @@
+"""Bytes and where they live: blocks, arenas, disk readers, the transfer queue, residency, memory limits.
+
+Knows nothing of models, tokens or the policies of experts and KV.
+"""
+
+from tiers.arena import Arena, Pool, Slot
+from tiers.block import PAGE, Block, Codec, Segment, page_down, page_up
+from tiers.errors import (
+    BudgetError,
+    CheckpointError,
+    Interrupted,
+    ModelError,
+    OffloadError,
+    ReadError,
+    UsageError,
+)
+from tiers.policy import LRU, EvictionPolicy, NextUse
+from tiers.queue import Cause, Ticket, TransferQueue
+from tiers.reader import CHUNK, BlockReader, DirectReader, Piece
+from tiers.residency import Counters, Lease, Residency
+
+__all__ = [
+    "CHUNK", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause", "CheckpointError", "Codec",
+    "Counters", "DirectReader", "EvictionPolicy", "Interrupted", "Lease", "ModelError", "NextUse", "OffloadError",
+    "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "Ticket", "TransferQueue", "UsageError",
+    "page_down", "page_up",
+]  # fmt: skip

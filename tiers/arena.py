@@ -1,0 +1,71 @@
+"""Preallocated memory of a tier, cut into slots.
+
+One anonymous mapping per arena, taken at start; slots are carved off its front and never returned, so the
+books are exact and nothing can fragment. Pages are only touched (and so only resident) once written.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+from tiers.block import page_up
+
+
+class Slot:
+    """A block's place in an arena: `tensor` is the slot as flat uint8, `view` the same bytes for readers."""
+
+    __slots__ = ("address", "nbytes", "tensor", "view")
+
+    def __init__(self, tensor: torch.Tensor, view: memoryview) -> None:
+        self.tensor = tensor
+        self.view = view
+        self.nbytes = len(view)
+        self.address = tensor.data_ptr()
+
+
+class Arena:
+    """`nbytes` of page-aligned host memory. `allocate` returns page-aligned slots until it is used up."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = max(page_up(nbytes), mmap.PAGESIZE)
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self.nbytes >= 64 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
+            # fewer page-table walks in the kernels, and fewer pages to pin per direct read
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._view = memoryview(self._map)
+        self.used = 0
+
+    def allocate(self, nbytes: int) -> Slot:
+        """The next `nbytes`, rounded up to pages. Raises `MemoryError` when the arena is used up (a plan's bug)."""
+        size = page_up(nbytes)
+        if self.used + size > self.nbytes:
+            raise MemoryError(f"arena of {self.nbytes} bytes has {self.nbytes - self.used} left, {size} asked for")
+        start, self.used = self.used, self.used + size
+        return Slot(self.tensor[start : start + size], self._view[start : start + size])
+
+
+class Pool:
+    """Slots of one size class in an arena, handed out and taken back."""
+
+    def __init__(self, arena: Arena, slot_nbytes: int, count: int) -> None:
+        self.slot_nbytes = page_up(slot_nbytes)
+        self.slots: Sequence[Slot] = [arena.allocate(self.slot_nbytes) for _ in range(count)]
+        self._free = list(reversed(self.slots))
+
+    def take(self) -> Slot | None:
+        """A free slot, or None."""
+        return self._free.pop() if self._free else None
+
+    def give(self, slot: Slot) -> None:
+        """Take a slot back. Each slot is free at most once."""
+        assert all(slot is not s for s in self._free)
+        self._free.append(slot)
+
+    @property
+    def free(self) -> int:
+        """Number of free slots."""
+        return len(self._free)

@@ -1,0 +1,52 @@
+"""The error tree of the whole project; `offload` re-exports it.
+
+::
+
+    OffloadError                 anything a user may see; the message is one line and names the remedy
+    ├── UsageError               a flag, argument or prompt that cannot be meant (exit code 2)
+    ├── ModelError               the model cannot be run: not found, wrong kind, unsupported format
+    │   └── CheckpointError      a file of the model is damaged, hostile or does not fit its config
+    ├── BudgetError              the memory given is too small; names the smallest that works
+    ├── ReadError                the disk failed, or a file changed while it was being read
+    └── Interrupted              the run was asked to stop (exit code 130)
+"""
+
+from __future__ import annotations
+
+
+class OffloadError(Exception):
+    """Root of all errors raised on purpose. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(OffloadError):
+    """An argument that cannot be meant."""
+
+    exit_code = 2
+
+
+class ModelError(OffloadError):
+    """The model cannot be run here, and why."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint file is damaged, hostile, or does not fit the model's config."""
+
+
+class BudgetError(OffloadError):
+    """A memory budget that cannot work. `smallest` is the least number of bytes that can, where known."""
+
+    def __init__(self, message: str, smallest: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+class ReadError(OffloadError):
+    """Reading a block failed; the message names the file."""
+
+
+class Interrupted(OffloadError):
+    """The run was asked to stop and stopped at the next layer."""
+
+    exit_code = 130

@@ -1,0 +1,267 @@
+"""Residency: the one owner of where each block is.
+
+Invariants, held whenever the lock is free:
+ - a block has a slot iff it is pinned, resident or on its way; two blocks never share a slot;
+ - a slot is either free in its pool or belongs to exactly one block;
+ - a leased block, and one whose ticket is not done, is never evicted and its slot never reused.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from tiers.arena import Arena, Pool, Slot
+from tiers.block import Block
+from tiers.policy import EvictionPolicy
+from tiers.queue import Cause, Ticket, TransferQueue
+
+
+@dataclass(slots=True)
+class Counters:
+    """What residency has seen, in bytes of blocks and seconds."""
+
+    needed: int = 0  # bytes of all blocks acquired
+    hit: int = 0  # of these, bytes that needed no fetch for this use
+    late: int = 0  # fetched ahead, but not all there when needed
+    missed: int = 0  # not even under way when needed
+    stall_s: float = 0.0  # time compute waited for tickets
+
+
+@dataclass(slots=True)
+class _Entry:
+    block: Block
+    pool: str | None  # None: pinned in a slot of its own
+    slot: Slot | None = None
+    ticket: Ticket | None = None
+    leases: int = 0
+    unused: bool = False  # fetched and not used since: its first use is not a hit
+
+
+class Lease:
+    """The right to use a block: it cannot be evicted until `release`. A context manager.
+
+    The bytes may still be on their way; `wait` returns when they are all there.
+    """
+
+    __slots__ = ("_owner", "_ticket", "key", "slot")
+
+    def __init__(self, owner: Residency, key: str, slot: Slot, ticket: Ticket | None) -> None:
+        self._owner: Residency | None = owner
+        self._ticket = ticket
+        self.key = key
+        self.slot = slot
+
+    @property
+    def ready(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+        return self._ticket is None or self._ticket.done
+
+    def wait(self) -> Lease:
+        """Block until every byte is in the slot. On `ReadError` or `Interrupted` the lease is released."""
+        if self._owner is not None and self._ticket is not None:
+            self._owner._wait(self, self._ticket)
+            self._ticket = None
+        return self
+
+    def release(self) -> None:
+        """Give the right back. A second call does nothing."""
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner._release(self.key)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+
+class Residency:
+    """Blocks, their pools and policies. `acquire`, `request` and `prefetch` are safe from any thread."""
+
+    def __init__(self, arena: Arena, queue: TransferQueue) -> None:
+        self._arena = arena
+        self._queue = queue
+        self._lock = threading.RLock()
+        self._entries: dict[str, _Entry] = {}
+        self._pools: dict[str, tuple[Pool, EvictionPolicy]] = {}
+        self.counters = Counters()
+        self.interrupted: Callable[[], bool] | None = None  # polled while waiting
+
+    def add_pool(self, name: str, slot_nbytes: int, count: int, policy: EvictionPolicy) -> None:
+        """`count` slots of one size class for the blocks added under this name."""
+        self._pools[name] = (Pool(self._arena, slot_nbytes, count), policy)
+
+    def add(self, block: Block, pool: str) -> None:
+        """Register a block that comes and goes within a pool. Raises `ValueError` if its slots are too small."""
+        if block.slot_nbytes > self._pools[pool][0].slot_nbytes:
+            raise ValueError(f"block {block.key} needs {block.slot_nbytes} bytes, pool {pool} has smaller slots")
+        self._entries[block.key] = _Entry(block, pool)
+
+    def pin(self, block: Block) -> Ticket:
+        """Register a block that stays: it gets a slot of its own and starts to load."""
+        slot = self._arena.allocate(block.slot_nbytes)
+        ticket = self._queue.submit(block.key, block.segments, slot, Cause.PREFETCH)
+        self._entries[block.key] = _Entry(block, None, slot, ticket)
+        return ticket
+
+    def acquire(self, key: str) -> Lease:
+        """Lease the block and wait until it is in memory. Raises `ReadError`, `Interrupted`."""
+        lease = self.request(key)
+        assert lease is not None
+        return lease.wait()
+
+    def request(self, key: str, *, must: bool = True) -> Lease | None:
+        """Lease the block now and let its bytes arrive; `Lease.wait` is the other half.
+
+        With `must` False the answer is None if every slot is leased; with True that is a `RuntimeError`, because a
+        plan gives each pool as many slots as are ever leased at once.
+        """
+        with self._lock:
+            entry = self._entries[key]
+            under_way = entry.ticket is not None and not entry.ticket.done
+            missed = entry.slot is None
+            fetched = missed or entry.unused
+            if missed:
+                if not self._fetch(entry, Cause.DEMAND):
+                    if must:
+                        raise RuntimeError(f"every slot of pool {entry.pool} is leased; the plan gave it too few")
+                    return None
+            elif under_way and entry.ticket is not None:
+                self._queue.promote(entry.ticket)
+            entry.leases += 1  # before the lock is let go: from here on it cannot be evicted
+            entry.unused = False
+            if entry.pool is not None:
+                self._pools[entry.pool][1].touched(key)
+            n = entry.block.nbytes
+            self.counters.needed += n
+            self.counters.hit += 0 if fetched else n
+            self.counters.late += n if fetched and under_way else 0
+            self.counters.missed += n if missed else 0
+            assert entry.slot is not None
+            return Lease(self, key, entry.slot, entry.ticket)
+
+    def _wait(self, lease: Lease, ticket: Ticket) -> None:
+        try:
+            if ticket.done:
+                ticket.wait()
+            else:
+                began = time.perf_counter()
+                try:
+                    ticket.wait(self.interrupted)
+                finally:
+                    self.counters.stall_s += time.perf_counter() - began
+        except BaseException:
+            lease.release()
+            with self._lock:
+                if ticket.done and ticket.error is not None:
+                    self._forget(self._entries[lease.key], ticket)
+            raise
+
+    def prefetch(self, key: str, deadline: float = 0.0) -> bool:
+        """Start fetching the block if a slot can be had without evicting something more useful.
+
+        True if the block is in memory or on its way afterwards.
+        """
+        with self._lock:
+            entry = self._entries[key]
+            if entry.slot is not None:
+                if entry.ticket is not None and entry.ticket.done and entry.ticket.error is not None:
+                    return False  # whoever needs it will be told by `acquire`
+                return True
+            return self._fetch(entry, Cause.PREFETCH, deadline)
+
+    def resident(self, key: str) -> bool:
+        """Whether `acquire` would return at once."""
+        with self._lock:
+            entry = self._entries[key]
+            return entry.slot is not None and (entry.ticket is None or (entry.ticket.done and not entry.ticket.error))
+
+    def cancel_prefetches(self) -> None:
+        """Drop every unleased transfer that is still under way and free its slot."""
+        with self._lock:
+            for entry in self._entries.values():
+                if entry.pool is not None and entry.leases == 0 and entry.ticket is not None and not entry.ticket.done:
+                    self._queue.cancel(entry.ticket)
+                    self._forget(entry, entry.ticket)
+
+    def blocks(self) -> Iterable[Block]:
+        """All registered blocks."""
+        return [e.block for e in self._entries.values()]
+
+    def _release(self, key: str) -> None:
+        with self._lock:
+            entry = self._entries[key]
+            assert entry.leases > 0
+            entry.leases -= 1
+
+    def _fetch(self, entry: _Entry, cause: Cause, deadline: float = 0.0) -> bool:
+        """Find a slot and submit. Under the lock. False if no slot can be had."""
+        assert entry.pool is not None and entry.slot is None
+        slot = self._take_slot(entry, cause)
+        if slot is None:
+            return False
+        entry.slot = slot
+        entry.unused = True
+        try:
+            entry.ticket = self._queue.submit(entry.block.key, entry.block.segments, slot, cause, deadline)
+        except BaseException:
+            entry.slot = None
+            self._pools[entry.pool][0].give(slot)
+            raise
+        self._pools[entry.pool][1].touched(entry.block.key)
+        return True
+
+    def _take_slot(self, entry: _Entry, cause: Cause) -> Slot | None:
+        assert entry.pool is not None
+        pool, policy = self._pools[entry.pool]
+        slot = pool.take()
+        if slot is not None:
+            return slot
+
+        def idle(key: str) -> bool:
+            e = self._entries[key]
+            return e.leases == 0 and e.slot is not None and (e.ticket is None or e.ticket.done)
+
+        victim = policy.victim(idle, entry.block.key)
+        if victim is None and cause is Cause.DEMAND:
+            # whatever the policy would rather keep, compute is waiting
+            victim = next((k for k, e in self._entries.items() if e.pool == entry.pool and idle(k)), None)
+        if victim is None and cause is Cause.DEMAND:
+            victim = self._cancel_one(entry.pool)
+        if victim is None:
+            return None
+        gone = self._entries[victim]
+        slot, gone.slot, gone.ticket, gone.unused = gone.slot, None, None, False
+        policy.removed(victim)
+        return slot
+
+    def _cancel_one(self, pool: str) -> str | None:
+        """Take back the least urgent prefetch under way."""
+        under_way = [
+            (k, e.ticket)
+            for k, e in self._entries.items()
+            if e.pool == pool and e.leases == 0 and e.ticket is not None and not e.ticket.done
+        ]
+        if not under_way:
+            return None
+        key, ticket = max(under_way, key=lambda kt: (kt[1].cause, kt[1].deadline))
+        self._queue.cancel(ticket)
+        return key
+
+    def _forget(self, entry: _Entry, ticket: Ticket) -> None:
+        """A failed or cancelled fetch: the slot goes back, so that the next request starts afresh."""
+        if entry.ticket is not ticket or entry.leases > 0 or entry.slot is None:
+            return
+        if entry.pool is None:
+            # a pinned slot stays its own; only the content is void
+            entry.ticket = self._queue.submit(entry.block.key, entry.block.segments, entry.slot, Cause.DEMAND)
+            return
+        pool, policy = self._pools[entry.pool]
+        pool.give(entry.slot)
+        policy.removed(entry.block.key)
+        entry.slot, entry.ticket, entry.unused = None, None, False
