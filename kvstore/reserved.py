@@ -67,3 +67,18 @@ def make_cache(config: Any, capacity: int) -> Cache:
     cache = DynamicCache(config=config)
     cache.layers = [ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def rollback(cache: Cache, length: int) -> bool:
+    """Take `cache` back to its first `length` tokens, layer by layer (an interrupted pass leaves them uneven).
+
+    False if a layer cannot go back: recurrent states and sliding windows forget; the cache is then of no use.
+    """
+    uneven = [layer for layer in cache.layers if layer.get_seq_length() != length]
+    if not uneven:
+        return True
+    if any(type(layer) is not ReservedLayer or layer.get_seq_length() < length for layer in cache.layers):
+        return False
+    for layer in uneven:
+        layer.crop(length - layer.get_seq_length())
+    return True

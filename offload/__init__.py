@@ -1,0 +1,76 @@
+"""Run language models larger than memory, from their original files, inside a budget.
+
+::
+
+    import offload
+    model = offload.load("Qwen/Qwen3-30B-A3B", ram="24GiB")
+    model.generate("Once upon a time", max_new_tokens=64)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiers.errors import (
+    BudgetError,
+    CheckpointError,
+    Interrupted,
+    ModelError,
+    OffloadError,
+    ReadError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from offload.model import Conversation, Generation, Model
+
+__version__ = "0.1.0"
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    max_memory: Mapping[Any, str | int] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Model:
+    """Load a model: a folder, a bundled name, or a hub id; the bundled demo model if left out.
+
+    Options: `ram`, `resident`, `device`, `dtype`, `context`, `threads` (see `offload.config.RunConfig`), or
+    accelerate's `max_memory={"cpu": "24GiB"}`. `progress(what, bytes_done, bytes_in_all)` is called while loading.
+    Raises an `OffloadError` whose message is one line that names the remedy.
+    """
+    from offload.config import RunConfig
+
+    config = RunConfig.of(options, max_memory)  # a wrong option is told before seconds of imports
+    from tiers.memory import tame_malloc
+
+    tame_malloc()
+    from offload.resolve import resolve
+
+    folder = resolve(model)
+    import torch
+
+    from offload.engine import Engine
+    from offload.model import Model
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return Model(Engine(folder, config, progress))
+
+
+def __getattr__(name: str) -> Any:
+    # the model module imports torch and transformers; `import offload` alone should not
+    if name in ("Model", "Generation", "Conversation"):
+        from offload import model as module
+
+        return getattr(module, name)
+    raise AttributeError(f"module 'offload' has no attribute {name!r}")
+
+
+__all__ = [
+    "BudgetError", "CheckpointError", "Conversation", "Generation", "Interrupted", "Model", "ModelError",
+    "OffloadError", "ReadError", "UsageError", "load",
+]  # fmt: skip

@@ -26,7 +26,7 @@ from offload.binding import Binder
 from offload.checkpoint import read_checkpoint
 from offload.config import RunConfig
 from offload.embedding import RowReader
-from offload.layout import HEAD, ExpertGroup, LaidOut, ModelLayout, lay_out_model
+from offload.layout import ExpertGroup, LaidOut, ModelLayout, lay_out_model
 from offload.plan import READERS, Demand, Plan, expert_pools, make_plan, streamed
 from offload.sizes import parse_size
 from offload.stats import StepStats
@@ -137,7 +137,7 @@ class Engine:
     # one pass, layer by layer
 
     def _pass(self, tokens: torch.Tensor, cache: Cache | None, inputs: Mapping[str, Any]) -> Any:
-        stats = StepStats(tokens=tokens.numel())
+        stats = StepStats(tokens=tokens.numel(), sequences=tokens.shape[0])
         counters, queue = self._residency.counters, self._queue
         before = (counters.stall_s, queue.busy_s, sum(queue.bytes_read.values()), counters.needed, counters.hit,
                   counters.late, counters.missed)  # fmt: skip
@@ -174,8 +174,11 @@ class Engine:
         self._prefetcher.advance()  # the slot just left takes the next block
 
     @contextmanager
-    def _pinned(self) -> Iterator[None]:
+    def _pinned(self, nbytes: int) -> Iterator[None]:
+        """Around the computation of a block that stays: only the books."""
         self._check()
+        self._residency.counters.needed += nbytes
+        self._residency.counters.hit += nbytes
         yield
 
     def _check(self) -> None:
@@ -210,8 +213,7 @@ class Engine:
                 self._wrap(module, functools.partial(self._streamed, key, binder))
             else:
                 self._pins.append((laid_out, binder))
-                if key != HEAD:
-                    self._wrap(module, self._pinned)
+                self._wrap(module, functools.partial(self._pinned, laid_out.block.nbytes))
         self._pins.append((layout.rest, Binder(self.hf, layout.rest)))
         for size, laid_outs in expert_pools(layout).items():
             residency.add_pool(f"experts.{size}", size, plan.experts[size].count, LRU())

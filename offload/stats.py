@@ -13,6 +13,7 @@ class StepStats:
     """
 
     tokens: int = 0
+    sequences: int = 0
     seconds: float = 0.0
     stall_s: float = 0.0
     read_busy_s: float = 0.0  # wall time with at least one disk request in flight
@@ -30,6 +31,7 @@ class StepStats:
 class RequestStats:
     """One request, all its passes. Times count from the request; loading the model is apart (`load_s`)."""
 
+    sequences: int = 1
     prompt_tokens: int = 0
     new_tokens: int = 0
     ttft_s: float = 0.0
@@ -43,10 +45,10 @@ class RequestStats:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens after the first, per second; None if there was only one."""
-        if self.new_tokens < 2 or self.decode_s <= 0:
+        """Tokens after each sequence's first, per second; None if there were none."""
+        if self.new_tokens <= self.sequences or self.decode_s <= 0:
             return None
-        return (self.new_tokens - 1) / self.decode_s
+        return (self.new_tokens - self.sequences) / self.decode_s
 
     @property
     def total(self) -> StepStats:

@@ -1,0 +1,101 @@
+"""`offload`: commands and rendering only. Everything heavy is imported once the arguments are known to be right."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+VERSION = "0.1.0"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One clear line for a wrong argument, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 5,6,7") from None
+
+
+def _common() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("model", nargs="?", metavar="MODEL", help="folder, bundled name or hub id (default: demo-moe)")
+    run = common.add_argument_group("running")
+    run.add_argument("--ram", metavar="SIZE", help="peak memory of the whole process, e.g. 8GiB (default: what is free)")
+    run.add_argument("--resident", metavar="SIZE|PERCENT", help="most weight bytes kept in memory, e.g. 50%%")
+    run.add_argument("--device", default="auto", metavar="auto|cpu", help="where to compute (default: auto)")
+    run.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16",
+                     help="compute in this type (default: the checkpoint's)")  # fmt: skip
+    run.add_argument("--context", type=_whole, metavar="N", help="tokens to reserve KV for (default: what fits)")
+    run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")
+    sample = common.add_argument_group("choosing tokens")
+    sample.add_argument("--max-new-tokens", type=_whole, metavar="N", help="most tokens to generate")
+    sample.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (generate's default)")
+    sample.add_argument("--top-k", type=_whole, metavar="K", help="sample among the K likeliest")
+    sample.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that sum to P")
+    sample.add_argument("--seed", type=_whole, metavar="S", help="same seed, same answer (default: 0)")
+    return common
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="offload", allow_abbrev=False,
+        description="Run language models larger than memory, from their original safetensors files.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"offload {VERSION}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    common = _common()
+    chat = commands.add_parser("chat", parents=[common], allow_abbrev=False, help="talk to a model",
+                               description="Talk to a model. Ctrl-C stops an answer; at the prompt it leaves.")  # fmt: skip
+    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    generate = commands.add_parser("generate", parents=[common], allow_abbrev=False, help="continue one prompt",
+                                   description="Continue one prompt.")  # fmt: skip
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file; - is standard input")
+    prompt.add_argument("--prompt-ids", type=_ids, metavar="5,6,7", help="the prompt as token ids")
+    generate.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+    generate.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text; may be repeated")
+    generate.add_argument("--num-beams", type=_whole, default=1, metavar="N", help="beam search")
+    generate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 ok, 1 failure, 2 usage, 130 interrupted."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    if not sys.platform.startswith("linux"):
+        print("offload: runs on Linux and WSL2 only", file=sys.stderr)
+        return 1
+    try:
+        from cli import run
+
+        return run.command(args)
+    except KeyboardInterrupt:
+        print("\noffload: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output is gone; nobody is left to tell
+        sys.stderr.close()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What the commands do, once the arguments are parsed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.progress import Progress, dim
+from offload.errors import Interrupted, OffloadError, UsageError
+
+if TYPE_CHECKING:
+    from offload.model import Model
+
+
+def command(args: argparse.Namespace) -> int:
+    """Dispatch, and turn errors into one line and an exit code."""
+    _quiet_libraries()
+    try:
+        return {"chat": _chat, "generate": _generate}[args.command](args)
+    except Interrupted:
+        print("offload: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
+    except OffloadError as e:
+        print(f"offload {args.command}: {e}", file=sys.stderr)
+        return e.exit_code
+    except MemoryError:
+        print(f"offload {args.command}: out of memory; give a smaller --ram or --context", file=sys.stderr)
+        return 1
+
+
+def _quiet_libraries() -> None:
+    """Our lines are the only ones: libraries' progress bars and hints would break `--json` readers' terminals."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+
+
+def _load(args: argparse.Namespace) -> Model:
+    import offload
+
+    with Progress() as progress:
+        return offload.load(
+            args.model, ram=args.ram, resident=args.resident, device=args.device, dtype=args.dtype,
+            context=args.context, threads=args.threads, progress=progress,
+        )  # fmt: skip
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    given = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    return {k: v for k, v in given.items() if v is not None}
+
+
+@contextmanager
+def _interruptible(model: Model) -> Iterator[None]:
+    """While this lasts, Ctrl-C ends the run at the next layer; a second one ends it wherever it is."""
+
+    def stop(signum: int, frame: object) -> None:
+        if model.engine.interrupt.is_set():
+            raise KeyboardInterrupt
+        model.engine.interrupt.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        model.engine.interrupt.clear()
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompt: str | list[int]
+    if args.prompt_ids is not None:
+        prompt = args.prompt_ids
+    elif args.prompt_file is not None:
+        prompt = _read_prompt(args.prompt_file)
+    else:
+        prompt = args.prompt
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    if args.chat and not isinstance(prompt, str):
+        raise UsageError("--chat needs a prompt in words, not --prompt-ids")
+    with _load(args) as model, _interruptible(model):
+        if args.chat:
+            assert isinstance(prompt, str)
+            prompt = model.render([{"role": "user", "content": prompt}])
+        stream = not args.json and args.num_beams == 1 and model.tokenizer is not None
+        result = model.run(
+            [prompt],
+            stop=args.stop,
+            num_beams=args.num_beams,
+            on_text=(lambda piece: print(piece, end="", flush=True)) if stream else None,
+            **_sampling(args),
+        )
+        for note in result.notes:
+            print(f"offload generate: {note}", file=sys.stderr)
+        if args.json:
+            print(json.dumps(_as_json(result)), flush=True)
+        else:
+            text = result.text[0] if result.text[0] is not None else ",".join(map(str, result.token_ids[0]))
+            print("" if stream else text, flush=True)
+            print(dim(result.stats.one_line(), sys.stderr), file=sys.stderr)
+    return 0
+
+
+def _as_json(result: Any) -> dict[str, Any]:
+    stats = result.stats
+    return {
+        "token_ids": result.token_ids[0],
+        "text": result.text[0],
+        "finish_reason": result.finish[0],
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": stats.new_tokens,
+        "load_s": stats.load_s,
+        "ttft_s": stats.ttft_s,
+        "decode_tokens_per_s": stats.decode_tokens_per_s,
+        "predicted_decode_tokens_per_s": None,
+        "bottleneck": stats.bottleneck,
+        "stall_s": stats.total.stall_s,
+        "bytes_read": stats.total.bytes_read,
+        "hit_rate": stats.hit_rate,
+        "peak_rss_bytes": stats.peak_rss_bytes,
+        "ram_budget_bytes": stats.budget_bytes,
+        "exact": True,
+    }
+
+
+def _read_prompt(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as e:
+        raise UsageError(f"--prompt-file {name}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UsageError(f"--prompt-file {name}: not UTF-8 text") from e
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from cli.chat import talk
+
+    with _load(args) as model:
+        return talk(model, args.system, _sampling(args), _interruptible)

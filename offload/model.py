@@ -1,0 +1,381 @@
+"""The public model: text in, text out, over the engine. What `offload.load` returns."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteria, TextStreamer
+from transformers.cache_utils import Cache
+
+from kvstore import rollback
+from offload.engine import Engine
+from offload.plan import Plan
+from offload.sampling import Sampling
+from offload.stats import RequestStats, StepStats
+from tiers import Interrupted, ModelError, UsageError
+from tiers import memory as mem
+
+DEFAULT_NEW_TOKENS = 256
+Message = dict[str, str]
+
+
+@dataclass(slots=True)
+class Generation:
+    """The answer to one request. Lists have one entry per prompt.
+
+    `finish` is `stop` (end token or stop string), `length`, or `interrupted`.
+    """
+
+    token_ids: list[list[int]]
+    text: list[str | None]
+    finish: list[str]
+    stats: RequestStats
+    notes: list[str] = field(default_factory=list)
+
+
+class Model:
+    """A loaded model. Close it, or use it as a context manager, to give its memory and threads back."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tokenizer = _load_tokenizer(engine.folder)
+        self.stats = RequestStats()
+        self._generation_config = _generation_config(engine)
+
+    @property
+    def hf(self) -> PreTrainedModel:
+        """The transformers model itself. Its weights are there only while it computes."""
+        return self.engine.hf
+
+    @property
+    def plan(self) -> Plan:
+        """What lives where."""
+        return self.engine.plan
+
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
+        """Continue `prompt`; a list gives a list. Options as for `run`."""
+        several = not isinstance(prompt, str)
+        result = self.run([*prompt] if several else [prompt], **options)
+        texts = [t or "" for t in result.text]
+        return texts if several else texts[0]
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """Continue `prompt`, piece by piece. Closing the iterator stops the generation at the next layer."""
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                self.run([prompt], on_text=pieces.put, **options)
+                pieces.put(None)
+            except BaseException as e:
+                pieces.put(e)
+
+        worker = threading.Thread(target=work, name="offload-generate", daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            if worker.is_alive():
+                self.engine.interrupt.set()
+            worker.join()
+            self.engine.interrupt.clear()
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """The assistant's answer to `messages` ({"role", "content"} each), through the model's chat template."""
+        result = self.run([self.render(messages)], **self.chat_defaults(), **options)
+        return result.text[0] or ""
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """`messages` as token ids, ready for the assistant's answer. Raises `ModelError` without a template."""
+        tokenizer = self._need_tokenizer()
+        if not tokenizer.chat_template:
+            raise ModelError("the model has no chat template; use `generate` instead of `chat`")
+        try:
+            out = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
+        except Exception as e:  # templates raise their own errors, for example about alternating roles
+            raise UsageError(f"the chat template refuses these messages: {' '.join(str(e).split())[:200]}") from e
+        ids = out["input_ids"] if hasattr(out, "keys") else out
+        return [int(i) for i in ids]
+
+    def chat_defaults(self) -> dict[str, Any]:
+        """How the model's authors want it sampled in conversation (generation_config.json)."""
+        g = self._generation_config
+        if not g.do_sample:
+            return {}
+        return {"temperature": g.temperature or 1.0, "top_k": g.top_k or 0, "top_p": g.top_p or 1.0}
+
+    def run(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        num_beams: int = 1,
+        ignore_eos: bool = False,
+        on_text: Callable[[str], object] | None = None,
+        cache: Cache | None = None,
+    ) -> Generation:
+        """Continue each prompt (text or token ids) and say how it went.
+
+        Prompts of one call run as one left-padded batch where the context has room for it, else one after another.
+        `cache` holds the front of a single prompt from an earlier call. Raises `UsageError`, `Interrupted`,
+        `ReadError`.
+        """
+        began = time.perf_counter()
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens: {max_new_tokens} is not above zero")
+        if num_beams < 1 or (num_beams > 1 and temperature):
+            raise UsageError("beam search needs num_beams above zero and temperature 0")
+        if num_beams > 1 and on_text is not None:
+            raise UsageError("beam search cannot be streamed: its text may still change")
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        ids = [self._encode(p) for p in prompts]
+        if not ids:
+            raise UsageError("there is no prompt")
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        if any(not s for s in stops):
+            raise UsageError("--stop: a stop string is empty")
+        if stops:
+            self._need_tokenizer()
+        context = self.plan.context // num_beams
+        longest = max(map(len, ids))
+        if longest >= context:
+            raise UsageError(
+                f"the prompt has {longest} tokens, the context holds {context}; shorten it or give a larger --context"
+            )
+        want = max_new_tokens or DEFAULT_NEW_TOKENS
+        room = min(want, context - longest)
+        notes = []
+        if room < want and max_new_tokens is not None:
+            notes.append(f"the context of {context} tokens leaves room for {room} new ones, not {want}")
+        if self.engine.interrupt.is_set():
+            raise Interrupted("interrupted")
+        stats = self.stats = RequestStats(load_s=self.engine.load_s, budget_bytes=self.plan.ram)
+        at_once = max(1, context // (longest + room))
+        result = Generation([], [], [], stats, notes)
+        clock = _Clock(began)
+        self.engine.steps.clear()
+        try:
+            for at in range(0, len(ids), at_once):
+                self._run_batch(ids[at : at + at_once], room, sampling, stops, num_beams, ignore_eos, on_text, cache,
+                                clock, result)  # fmt: skip
+        finally:
+            self._count(stats, clock, sum(map(len, ids)), began)
+            stats.sequences = len(ids)
+            stats.new_tokens = sum(map(len, result.token_ids)) or clock.generated
+        return result
+
+    def close(self) -> None:
+        """Stop the readers and close the files."""
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _run_batch(
+        self, ids: list[list[int]], room: int, sampling: Sampling, stops: list[str], num_beams: int,
+        ignore_eos: bool, on_text: Callable[[str], object] | None, cache: Cache | None, clock: _Clock,
+        result: Generation,
+    ) -> None:  # fmt: skip
+        width = max(map(len, ids))
+        config = copy.deepcopy(self._generation_config)
+        eos = config.eos_token_id
+        ends = set() if ignore_eos else {eos} if isinstance(eos, int) else set(eos or ())
+        pad = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
+        config.update(
+            max_new_tokens=room, do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=num_beams,
+            pad_token_id=pad, eos_token_id=sorted(ends) or None, return_dict_in_generate=False,
+            max_length=None, cache_implementation=None,
+        )  # fmt: skip
+        tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+        clock.prompt_width = width
+        streamer = _Pieces(self._need_tokenizer(), on_text) if on_text is not None and len(ids) == 1 else None
+        with torch.inference_mode():
+            out = self.hf.generate(
+                tokens,
+                attention_mask=mask,
+                generation_config=config,
+                past_key_values=cache if cache is not None else self.engine.new_cache(width + room),
+                logits_processor=sampling.processors(width),
+                stopping_criteria=[clock],
+                streamer=streamer,
+                **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
+            )
+        for row in out[:, width:].tolist():
+            # a row that ended early is padded to the longest; its end token is its last
+            cut = next((i + 1 for i, t in enumerate(row) if t in ends), len(row))
+            if stops and cut == len(row):
+                while cut > 1 and row[cut - 1] == pad and pad not in ends:
+                    cut -= 1
+            done = row[:cut]
+            stopped = done and done[-1] in ends or len(done) < room
+            result.token_ids.append(done)
+            result.text.append(self._decode(done))
+            result.finish.append("stop" if stopped else "length")
+
+    def _count(self, stats: RequestStats, clock: _Clock, prompt_tokens: int, began: float) -> None:
+        stats.prompt_tokens = prompt_tokens
+        stats.total_s = time.perf_counter() - began
+        stats.ttft_s = (clock.first or time.perf_counter()) - began
+        stats.decode_s = clock.last - clock.first if clock.first else 0.0
+        for i, step in enumerate(self.engine.steps):
+            if i == 0 or step.tokens > step.sequences:
+                stats.prefill += step
+            else:
+                stats.decode += step
+        stats.peak_rss_bytes = mem.peak_rss()
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise UsageError("the prompt is empty")
+            ids = self._need_tokenizer()(prompt)["input_ids"]
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise UsageError("the prompt is empty")
+        vocab = self.hf.config.get_text_config(decoder=True).vocab_size
+        bad = next((i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad!r} is outside the vocabulary of {vocab}")
+        return ids
+
+    def _decode(self, ids: list[int]) -> str | None:
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer is not None else None
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ModelError(f"{self.engine.folder} has no tokenizer; give the prompt as --prompt-ids")
+        return self.tokenizer
+
+
+class Conversation:
+    """A chat that keeps its KV: each turn computes only what is new.
+
+    `say` adds the user's words and answers; an answer that was interrupted stays, as far as it got.
+    """
+
+    def __init__(self, model: Model, system: str | None = None) -> None:
+        self._model = model
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._cache: Cache | None = None
+        self._cached: list[int] = []
+        self.reused_tokens = 0
+
+    def say(self, text: str, on_text: Callable[[str], object], **options: Any) -> Generation | None:
+        """Answer `text`; pieces go to `on_text` as they come. None if it was interrupted."""
+        if not text.strip():
+            raise UsageError("the message is empty")
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._model.render(messages)
+        self._reuse(ids)
+        context = self._model.plan.context
+        options = {"max_new_tokens": max(1, context - len(ids)), **self._model.chat_defaults(), **options}
+        spoken: list[str] = []
+
+        def tell(piece: str) -> None:
+            spoken.append(piece)
+            on_text(piece)
+
+        assert self._cache is not None
+        try:
+            result = self._model.run([ids], on_text=tell, cache=self._cache, **options)
+        except Interrupted:
+            self.messages = [*messages, {"role": "assistant", "content": "".join(spoken)}]
+            self._forget_unless_whole(ids)
+            return None
+        except BaseException:
+            self._cache, self._cached = None, []
+            raise
+        self.messages = [*messages, {"role": "assistant", "content": result.text[0] or ""}]
+        self._cached = (ids + result.token_ids[0])[: self._cache.get_seq_length()]
+        return result
+
+    def clear(self) -> None:
+        """Start anew; a system message stays."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self._cache, self._cached = None, []
+
+    def _reuse(self, ids: list[int]) -> None:
+        """Keep the part of the cache that is a front of `ids`; at least one token is always computed."""
+        common = next((i for i, (a, b) in enumerate(zip(self._cached, ids, strict=False)) if a != b), None)
+        common = min(len(self._cached), len(ids) - 1) if common is None else min(common, len(ids) - 1)
+        if self._cache is None or common == 0 or not rollback(self._cache, common):
+            self._cache, common = self._model.engine.new_cache(self._model.plan.context), 0
+        self._cached = ids[:common]
+        self.reused_tokens = common
+
+    def _forget_unless_whole(self, ids: list[int]) -> None:
+        """An interrupted pass leaves some layers a token ahead of others."""
+        assert self._cache is not None
+        if not rollback(self._cache, min(len(self._cached), len(ids))):
+            self._cache, self._cached = None, []
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Called after each token: notes when."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.first = self.last = 0.0
+        self.prompt_width = 0
+        self.generated = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Never stops anything."""
+        self.last = time.perf_counter()
+        if not self.first:
+            self.first = self.last
+        self.generated = input_ids.shape[1] - self.prompt_width
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Hands finished pieces of text to a function."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Whole words, and whatever is left at the end."""
+        if text:
+            self._on_text(text)
+
+
+def _load_tokenizer(folder: Path) -> Any | None:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / n).is_file() for n in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as e:  # the library raises many kinds for a damaged tokenizer
+        raise ModelError(f"the tokenizer in {folder} cannot be used: {' '.join(str(e).split())[:200]}") from e
+
+
+def _generation_config(engine: Engine) -> GenerationConfig:
+    if not (engine.folder / "generation_config.json").is_file():
+        return copy.deepcopy(engine.hf.generation_config)
+    try:
+        return GenerationConfig.from_pretrained(engine.folder, local_files_only=True)
+    except Exception as e:
+        raise ModelError(f"{engine.folder / 'generation_config.json'} cannot be used: {e}") from e
