@@ -31,11 +31,13 @@ def _ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 5,6,7") from None
 
 
-def _common() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _common() -> _Parser:
+    common = _Parser(add_help=False, allow_abbrev=False)
     common.add_argument("model", nargs="?", metavar="MODEL", help="folder, bundled name or hub id (default: demo-moe)")
     run = common.add_argument_group("running")
-    run.add_argument("--ram", metavar="SIZE", help="peak memory of the whole process, e.g. 8GiB (default: what is free)")
+    run.add_argument(
+        "--ram", metavar="SIZE", help="peak memory of the whole process, e.g. 8GiB (default: what is free)"
+    )
     run.add_argument("--resident", metavar="SIZE|PERCENT", help="most weight bytes kept in memory, e.g. 50%%")
     run.add_argument("--device", default="auto", metavar="auto|cpu", help="where to compute (default: auto)")
     run.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16",
@@ -59,11 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"offload {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     common = _common()
-    chat = commands.add_parser("chat", parents=[common], allow_abbrev=False, help="talk to a model",
-                               description="Talk to a model. Ctrl-C stops an answer; at the prompt it leaves.")  # fmt: skip
+    chat = commands.add_parser(
+        "chat", parents=[common], allow_abbrev=False, help="talk to a model",
+        description="Talk to a model. Ctrl-C stops an answer; at the prompt it leaves.",
+    )  # fmt: skip
     chat.add_argument("--system", metavar="TEXT", help="a system message")
-    generate = commands.add_parser("generate", parents=[common], allow_abbrev=False, help="continue one prompt",
-                                   description="Continue one prompt.")  # fmt: skip
+    generate = commands.add_parser(
+        "generate", parents=[common], allow_abbrev=False, help="continue one prompt", description="Continue one prompt."
+    )
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file; - is standard input")

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
-class ReservedLayer(DynamicLayer):
+class ReservedLayer(DynamicLayer):  # type: ignore[misc]
     """`DynamicLayer` with room for `capacity` tokens; grows past it, by doubling, only if asked to hold more."""
 
     def __init__(self, capacity: int) -> None:

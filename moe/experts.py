@@ -109,10 +109,7 @@ class LayerExperts:
             bias = w[f"{name}_bias"] if module.has_bias else None
             return linear(x, w[name].t() if module.is_transposed else w[name], bias)
 
-        if module.has_gate:
-            h = module._apply_gate(project(x, "gate_up_proj"))
-        else:
-            h = module.act_fn(project(x, "up_proj"))
+        h = module._apply_gate(project(x, "gate_up_proj")) if module.has_gate else module.act_fn(project(x, "up_proj"))
         y = project(h, "down_proj")
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)  # type: ignore[attr-defined]

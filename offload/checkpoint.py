@@ -6,6 +6,7 @@ never read here.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
@@ -126,7 +127,7 @@ def _read_header(path: Path, number: int) -> dict[str, Gather]:
         spans.append((begin, end, name))
         tensors[name] = Gather(shape, dtype, [Extent(number, start + begin, end - begin)] if end > begin else [])
     spans.sort()
-    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
             raise CheckpointError(f"{path}: tensors {name} and {other} overlap; the file is damaged")
     return tensors

@@ -20,7 +20,6 @@ class RowReader:
 
     def __init__(self, table: Table, module: nn.Embedding, queue: TransferQueue, rows_kept: int = 256) -> None:
         self._table = table
-        self._module = module
         self._queue = queue
         self._row = table.gather.nbytes // table.gather.shape[0]  # stored bytes of one row
         self._codec = None if table.gather.dtype == table.dtype else CastCodec(table.gather.dtype, table.dtype)
@@ -28,8 +27,9 @@ class RowReader:
         self._rows_kept = rows_kept
         self._forward = module.forward
         # shape, dtype and device are the table's, at no cost; a lookup that bypasses us yields NaN, not garbage
-        module._parameters["weight"] = torch.full((1, 1), torch.nan, dtype=table.dtype).expand(*table.gather.shape)
-        self._stand_in = module._parameters["weight"]
+        self._home: dict[str, Any] = module.__dict__["_parameters"]
+        self._stand_in = torch.full((1, 1), torch.nan, dtype=table.dtype).expand(*table.gather.shape)
+        self._home["weight"] = self._stand_in
         module.padding_idx = None  # only means something to gradients, and must not index the small table
         module.forward = self.forward  # type: ignore[method-assign]
 
@@ -37,15 +37,15 @@ class RowReader:
         """The module's forward on token ids `input` of any shape."""
         ids, local = torch.unique(input, return_inverse=True)
         rows = self.rows(ids.tolist())
-        self._module._parameters["weight"] = rows
+        self._home["weight"] = rows
         try:
             out: torch.Tensor = self._forward(local.view(input.shape), *args, **kwargs)
         finally:
-            self._module._parameters["weight"] = self._stand_in
+            self._home["weight"] = self._stand_in
         return out
 
     def rows(self, ids: list[int]) -> torch.Tensor:
-        """[len(ids), width] in the compute dtype; `ids` ascending and distinct. Raises `IndexError` on an id outside."""
+        """[len(ids), width] in the compute dtype; `ids` ascending, distinct. Raises `IndexError` on an id outside."""
         n, width = self._table.gather.shape
         if ids and not 0 <= ids[0] <= ids[-1] < n:
             raise IndexError(f"token id {ids[0] if ids[0] < 0 else ids[-1]} is outside the vocabulary of {n}")

@@ -138,9 +138,7 @@ class Engine:
 
     def _pass(self, tokens: torch.Tensor, cache: Cache | None, inputs: Mapping[str, Any]) -> Any:
         stats = StepStats(tokens=tokens.numel(), sequences=tokens.shape[0])
-        counters, queue = self._residency.counters, self._queue
-        before = (counters.stall_s, queue.busy_s, sum(queue.bytes_read.values()), counters.needed, counters.hit,
-                  counters.late, counters.missed)  # fmt: skip
+        before = self._books()
         began = time.perf_counter()
         finished = False
         try:
@@ -151,13 +149,18 @@ class Engine:
         finally:
             if not finished and self._prefetcher is not None:
                 self._prefetcher.restart()
-            after = (counters.stall_s, queue.busy_s, sum(queue.bytes_read.values()), counters.needed, counters.hit,
-                     counters.late, counters.missed)  # fmt: skip
             stats.seconds = time.perf_counter() - began
-            (stats.stall_s, stats.read_busy_s, stats.bytes_read, stats.needed, stats.hit, stats.late, stats.missed) = (
-                b - a for a, b in zip(before, after, strict=True)
-            )  # type: ignore[assignment]
+            for name, value in self._books().items():
+                setattr(stats, name, value - before[name])
             self.steps.append(stats)
+
+    def _books(self) -> dict[str, Any]:
+        """The running totals a step's figures are differences of."""
+        c = self._residency.counters
+        return {
+            "stall_s": c.stall_s, "needed": c.needed, "hit": c.hit, "late": c.late, "missed": c.missed,
+            "read_busy_s": self._queue.busy_s, "bytes_read": sum(self._queue.bytes_read.values()),
+        }  # fmt: skip
 
     @contextmanager
     def _streamed(self, key: str, binder: Binder) -> Iterator[None]:
@@ -245,7 +248,7 @@ class Engine:
             with around():
                 return forward(*args, **kwargs)
 
-        module.forward = wrapped  # type: ignore[method-assign]
+        module.forward = wrapped
 
     def _hf_forward(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
         """What `model.hf(...)` and transformers' `generate()` call: they are callers of `step` like any other."""

@@ -55,9 +55,11 @@ def load_config(folder: Path) -> PreTrainedConfig:
         if raw.get("auto_map"):
             raise ModelError(f"{path}: model type {kind!r} needs code from the model's folder, which is not run") from e
         if kind is None or kind not in transformers.CONFIG_MAPPING:
-            raise ModelError(f"{path}: model type {kind!r} is not known to transformers {transformers.__version__}") from e
+            raise ModelError(
+                f"{path}: model type {kind!r} is not known to transformers {transformers.__version__}"
+            ) from e
         raise ModelError(f"{path} cannot be used: {_one_line(e)}") from e
-    causal = set()
+    causal: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         causal.update([names] if isinstance(names, str) else names)
     architectures = [a for a in (config.architectures or []) if isinstance(a, str)]
@@ -70,7 +72,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
     quant = raw.get("quantization_config")
     if quant is not None:
         method = quant.get("quant_method", "unknown") if isinstance(quant, dict) else "unknown"
-        raise ModelError(f"{path}: the weights are quantised ({method}), which cannot be run yet; use the original ones")
+        raise ModelError(
+            f"{path}: the weights are quantised ({method}), which cannot be run yet; use the original ones"
+        )
     return config
 
 
@@ -163,7 +167,10 @@ def trace(model: PreTrainedModel, tensors: dict[str, Gather]) -> dict[str, Gathe
             raise CheckpointError(
                 f"{name} has shape {list(gather.shape)} in the checkpoint, the config asks for {list(meta.shape)}"
             )
-        if gather.dtype.is_floating_point != meta.dtype.is_floating_point or gather.dtype.itemsize < 2 < meta.dtype.itemsize:
+        if (
+            gather.dtype.is_floating_point != meta.dtype.is_floating_point
+            or gather.dtype.itemsize < 2 < meta.dtype.itemsize
+        ):
             raise CheckpointError(f"{name} is stored as {gather.dtype}, which cannot be computed in as {meta.dtype}")
     return found
 
@@ -270,7 +277,9 @@ class Shape:
 
         hidden = first("hidden_size", "n_embd", "d_model", default=1)
         heads = first("num_attention_heads", "n_head", default=1)
-        intermediate = first("intermediate_size", "n_inner", "ffn_dim", "shared_expert_intermediate_size", default=4 * hidden)
+        intermediate = first(
+            "intermediate_size", "n_inner", "ffn_dim", "shared_expert_intermediate_size", default=4 * hidden
+        )
         head_dim = max(first("head_dim", default=-(-hidden // heads)), first("qk_head_dim"), first("v_head_dim"))
         state = first("mamba_expand") * hidden * first("mamba_d_state")
         return cls(
@@ -323,7 +332,7 @@ def activation_bytes(config: PreTrainedConfig, tokens: int, context: int, itemsi
 
 def uses_eager_attention(model: PreTrainedModel) -> bool:
     """Whether attention materialises its scores."""
-    return model.config.get_text_config(decoder=True)._attn_implementation == "eager"
+    return bool(model.config.get_text_config(decoder=True)._attn_implementation == "eager")
 
 
 def _one_line(e: BaseException) -> str:

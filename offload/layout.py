@@ -199,7 +199,9 @@ def lay_out_model(model: PreTrainedModel, found: dict[str, Gather], dtype: torch
         groups = []
         for g, (sub, experts) in enumerate(hf.experts_modules(module)):
             full = f"{module_name}.{sub}" if sub else module_name
-            groups.append(_expert_group(f"layer.{number}.{g}" if g else f"layer.{number}", full, experts, params, taken))
+            groups.append(
+                _expert_group(f"layer.{number}.{g}" if g else f"layer.{number}", full, experts, params, taken)
+            )
         layers.append(LayerLayout(module_name, lay_out(f"layer.{number}", take(module_name)), tuple(groups)))
     if not layers:
         raise ModelError(f"{model.config.model_type}: transformers gives no decoder layers to stream; not supported")

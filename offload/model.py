@@ -19,7 +19,7 @@ from kvstore import rollback
 from offload.engine import Engine
 from offload.plan import Plan
 from offload.sampling import Sampling
-from offload.stats import RequestStats, StepStats
+from offload.stats import RequestStats
 from tiers import Interrupted, ModelError, UsageError
 from tiers import memory as mem
 
@@ -62,10 +62,9 @@ class Model:
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
         """Continue `prompt`; a list gives a list. Options as for `run`."""
-        several = not isinstance(prompt, str)
-        result = self.run([*prompt] if several else [prompt], **options)
-        texts = [t or "" for t in result.text]
-        return texts if several else texts[0]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = [t or "" for t in self.run(prompts, **options).text]
+        return texts[0] if isinstance(prompt, str) else texts
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Continue `prompt`, piece by piece. Closing the iterator stops the generation at the next layer."""
@@ -227,7 +226,7 @@ class Model:
                 while cut > 1 and row[cut - 1] == pad and pad not in ends:
                     cut -= 1
             done = row[:cut]
-            stopped = done and done[-1] in ends or len(done) < room
+            stopped = (done and done[-1] in ends) or len(done) < room
             result.token_ids.append(done)
             result.text.append(self._decode(done))
             result.finish.append("stop" if stopped else "length")
@@ -248,7 +247,7 @@ class Model:
         if isinstance(prompt, str):
             if not prompt:
                 raise UsageError("the prompt is empty")
-            ids = self._need_tokenizer()(prompt)["input_ids"]
+            ids = [int(i) for i in self._need_tokenizer()(prompt)["input_ids"]]
         else:
             ids = list(prompt)
         if not ids:

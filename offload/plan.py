@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from offload.layout import LaidOut, ModelLayout
 from offload.sizes import ceil_mib, format_size
-from tiers import CHUNK, PAGE, BudgetError, page_up
+from tiers import CHUNK, PAGE, BudgetError, UsageError, page_up
 
 READERS = 8  # requests in flight; 1 MiB × 8 is where this kind of disk levels off
 # Thread stacks, bounce buffers' owners, lazily imported modules, allocator slack. Measured by tests/test_budget.py.
@@ -61,7 +61,9 @@ class Plan:
     def summary(self) -> str:
         """One line for people."""
         share = 100 * self.resident_bytes / max(1, self.weight_bytes)
-        parts = [f"{format_size(self.resident_bytes)} of {format_size(self.weight_bytes)} weights in memory ({share:.0f}%)"]
+        parts = [
+            f"{format_size(self.resident_bytes)} of {format_size(self.weight_bytes)} weights in memory ({share:.0f}%)"
+        ]
         if self.experts_total:
             parts.append(f"{self.expert_slots} of {self.experts_total} experts cached")
         if self.stream is not None:
@@ -89,7 +91,7 @@ def make_plan(
     """
     fixed = base + RESERVE + READERS * (CHUNK + 2 * PAGE)
     if context is not None and context > demand.max_context:
-        raise BudgetError(f"--context {context} is more than the model's {demand.max_context}")
+        raise UsageError(f"--context {context} is more than the model's {demand.max_context}")
     least_context = context or min(MIN_CONTEXT, demand.max_context)
 
     def overhead(tokens: int, chunk: int) -> tuple[int, int]:
@@ -114,12 +116,14 @@ def make_plan(
         extra = demand.activations(candidate, least_context) - demand.activations(MIN_CHUNK, least_context)
         if extra <= (ram - smallest) // 4 and demand.activations(candidate, least_context) <= max(ram // 20, 64 << 20):
             chunk = candidate
+    whole = sum(b.slot_nbytes for b in layout.blocks()) - tight.arena  # room in which every block would fit
     if context is None:
         context = least_context
         while context < min(demand.max_context, MAX_DEFAULT_CONTEXT):
             wider = min(2 * context, demand.max_context, MAX_DEFAULT_CONTEXT)
             more = sum(overhead(wider, chunk)) - sum(overhead(least_context, chunk))
-            if more > (ram - smallest) // 8:
+            # KV is reserved whether used or not: while weights must be streamed it gets little of their room
+            if more > (ram - smallest) // 16 and ram - smallest - more < whole:
                 break
             context = wider
     kv, activations = overhead(context, chunk)
@@ -250,5 +254,3 @@ def streamed(layout: ModelLayout, plan: Plan) -> Sequence[LaidOut]:
     dense = [layer.dense for layer in layout.layers] + ([layout.head] if layout.head is not None else [])
     pinned = set(plan.pinned)
     return [b for b in dense if b.block.key not in pinned]
-
-

@@ -89,7 +89,9 @@ def _load(path: Path, checkpoint: Checkpoint) -> dict[str, Gather] | None:
         found: dict[str, Gather] = {}
         for name, (dtype, shape, extents) in data.items():
             gather = Gather(shape, getattr(torch, dtype), [Extent(*map(int, e)) for e in extents])
-            inside = all(0 <= e.offset and 0 <= e.nbytes and e.offset + e.nbytes <= sizes[e.file] for e in gather.extents)
+            inside = all(
+                e.offset >= 0 and e.nbytes >= 0 and e.offset + e.nbytes <= sizes[e.file] for e in gather.extents
+            )
             if not inside or sum(e.nbytes for e in gather.extents) != math.prod(shape) * gather.dtype.itemsize:
                 return None
             found[name] = gather

@@ -28,8 +28,10 @@ def resolve(model: str | Path | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        hint = "GGUF files cannot be run; give the folder of the original safetensors" if folder.suffix == ".gguf" else (
-            "give the folder that holds it"
+        hint = (
+            "GGUF files cannot be run; give the folder of the original safetensors"
+            if folder.suffix == ".gguf"
+            else ("give the folder that holds it")
         )
         raise ModelError(f"{name} is a file; {hint}")
     if name in bundled():

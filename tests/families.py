@@ -39,7 +39,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_MOE, **_MLA, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**_MOE, **_MLA},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 12},
-    "glm4_moe": {**_MOE, "n_routed_experts": 8, "head_dim": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "glm4_moe": {
+        **_MOE, "n_routed_experts": 8, "head_dim": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    },
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 8},
     "qwen3_next": {
@@ -49,7 +51,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "jamba": {
         "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
-        "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
     },
 }  # fmt: skip
 

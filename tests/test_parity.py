@@ -52,7 +52,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with pytest.raises(offload.BudgetError) as refusal:
         offload.load(folder, resident=1, context=128)
     assert refusal.value.smallest is not None
-    yield Case(folder, oracle, prompts, refusal.value.smallest)
+    return Case(folder, oracle, prompts, refusal.value.smallest)
 
 
 def batch(case: Case) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,7 +71,7 @@ def cgroup_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys
 
 def available() -> int:
     """Bytes this process may still hope to take, its own present use included: the default budget's base."""
-    free = psutil.virtual_memory().available + rss()
+    free = int(psutil.virtual_memory().available) + rss()
     limit = cgroup_limit()
     return min(free, limit) if limit is not None else free
 

@@ -31,8 +31,19 @@ class Ticket:
     """A transfer under way. `wait` returns once every byte is in the slot, or raises what went wrong."""
 
     __slots__ = (
-        "_done", "_pieces", "_running", "cause", "cancelled", "deadline", "error", "files", "finished", "key",
-        "nbytes", "slot", "started",
+        "_done",
+        "_pieces",
+        "_running",
+        "cancelled",
+        "cause",
+        "deadline",
+        "error",
+        "files",
+        "finished",
+        "key",
+        "nbytes",
+        "slot",
+        "started",
     )  # fmt: skip
 
     def __init__(
@@ -77,16 +88,14 @@ class TransferQueue:
         self._in_flight = 0
         self._busy_since = 0.0
         self.busy_s = 0.0  # wall time with at least one request in flight
-        self.bytes_read = {cause: 0 for cause in Cause}
+        self.bytes_read = dict.fromkeys(Cause, 0)
         self._threads = [
             threading.Thread(target=self._work, name=f"offload-read-{i}", daemon=True) for i in range(depth)
         ]
         for t in self._threads:
             t.start()
 
-    def submit(
-        self, key: str, segments: Sequence[Segment], slot: Slot, cause: Cause, deadline: float = 0.0
-    ) -> Ticket:
+    def submit(self, key: str, segments: Sequence[Segment], slot: Slot, cause: Cause, deadline: float = 0.0) -> Ticket:
         """Start moving `segments` into `slot`. Among equals the smaller `deadline` goes first."""
         pieces = [p for s in segments for p in self._reader.split(s, slot)]
         ticket = Ticket(key, slot, pieces, cause, deadline, threading.Event())

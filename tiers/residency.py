@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 
 from tiers.arena import Arena, Pool, Slot
@@ -170,9 +170,8 @@ class Residency:
         with self._lock:
             entry = self._entries[key]
             if entry.slot is not None:
-                if entry.ticket is not None and entry.ticket.done and entry.ticket.error is not None:
-                    return False  # whoever needs it will be told by `acquire`
-                return True
+                failed = entry.ticket is not None and entry.ticket.done and entry.ticket.error is not None
+                return not failed  # whoever needs the block will be told by `request`
             return self._fetch(entry, Cause.PREFETCH, deadline)
 
     def resident(self, key: str) -> bool:

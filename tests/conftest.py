@@ -1,0 +1,47 @@
+"""Fixtures shared by the suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# before transformers is imported anywhere: tests never reach for the network, and keep quiet
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The suite leaves the user's cache alone."""
+    before = os.environ.get("OFFLOAD_CACHE")
+    os.environ["OFFLOAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["OFFLOAD_CACHE"]
+    else:
+        os.environ["OFFLOAD_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixture-of-Experts checkpoint without a tokenizer."""
+    from families import build
+
+    folder = tmp_path_factory.mktemp("tiny-moe")
+    build("qwen3_moe").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint of some 200 MB, large enough for memory figures to mean something."""
+    from families import build
+
+    folder = tmp_path_factory.mktemp("wide-dense")
+    build("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8,
+          num_key_value_heads=4, max_position_embeddings=4096).save_pretrained(folder)  # fmt: skip
+    return folder

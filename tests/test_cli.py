@@ -1,0 +1,158 @@
+"""The command line as a user meets it: one clear line and the right exit code for every mistake, JSON, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.main import main
+from offload.plan import READERS
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    try:
+        code = main(list(args))
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def spawn(*args: str, **options: Any) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        cwd="/", **options,
+    )  # fmt: skip
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = "import sys; from cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
+           "print('torch' in sys.modules or 'transformers' in sys.modules)"  # fmt: skip
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert out.rstrip().endswith("False")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["--foo"], 2, "--foo"),
+        (["generate", "{m}", "-p", "x", "--foo"], 2, "--foo"),
+        (["generate", "{m}"], 2, "--prompt"),
+        (["generate", "{m}", "-p", "x", "--prompt-ids", "5"], 2, "not allowed with"),
+        (["generate", "{m}", "--prompt-ids", "5,x"], 2, "not a list of token ids"),
+        (["generate", "{m}", "--prompt-ids", ""], 2, "prompt is empty"),
+        (["generate", "{m}", "-p", ""], 2, "prompt is empty"),
+        (["generate", "{m}", "--prompt-ids", "5", "--ram", "nan"], 2, "--ram"),
+        (["generate", "{m}", "--prompt-ids", "5", "--ram", "NaN GiB"], 2, "--ram"),
+        (["generate", "{m}", "--prompt-ids", "5", "--ram", "0"], 2, "--ram"),
+        (["generate", "{m}", "--prompt-ids", "5", "--ram", "-5GiB"], 2, "--ram"),
+        (["generate", "{m}", "--prompt-ids", "5", "--ram", "inf"], 2, "--ram"),
+        (["generate", "{m}", "--prompt-ids", "5", "--resident", "0%"], 2, "--resident"),
+        (["generate", "{m}", "--prompt-ids", "5", "--resident", "nan%"], 2, "--resident"),
+        (["generate", "{m}", "--prompt-ids", "5", "--resident", "101%"], 2, "--resident"),
+        (["generate", "{m}", "--prompt-ids", "5", "--device", "tpu"], 2, "--device"),
+        (["generate", "{m}", "--prompt-ids", "5", "--dtype", "int3"], 2, "--dtype"),
+        (["generate", "{m}", "--prompt-ids", "5", "--context", "0"], 2, "--context"),
+        (["generate", "{m}", "--prompt-ids", "5", "--context", "100000"], 2, "--context 100000"),
+        (["generate", "{m}", "--prompt-ids", "5", "--threads", "0"], 2, "--threads"),
+        (["generate", "{m}", "--prompt-ids", "5", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
+        (["generate", "{m}", "--prompt-ids", "5", "--temperature", "-1"], 2, "--temperature"),
+        (["generate", "{m}", "--prompt-ids", "5", "--temperature", "nan"], 2, "--temperature"),
+        (["generate", "{m}", "--prompt-ids", "5", "--temperature", "1", "--top-p", "0"], 2, "--top-p"),
+        (["generate", "{m}", "--prompt-ids", "99999"], 2, "outside the vocabulary"),
+        (["generate", "{m}", "--prompt-ids", ",".join(["5"] * 40), "--context", "32"], 2, "context holds 32"),
+        (["generate", "{m}", "-p", "hello"], 1, "no tokenizer"),
+        (["generate", "{m}", "--prompt-file", "/nowhere/at/all"], 2, "/nowhere/at/all"),
+        (["generate", "{m}", "--prompt-ids", "5", "--ram", "64MiB"], 1, "the smallest that works is"),
+        (["generate", "{m}", "--prompt-ids", "5", "--resident", "100B"], 1, "the smallest that works is"),
+        (["generate", "/nowhere/at/all", "-p", "x"], 1, "/nowhere/at/all"),
+        (["generate", "no-such-model", "-p", "x"], 1, "no-such-model"),
+        (["generate", "some-org/no-such-model", "-p", "x"], 1, "some-org/no-such-model"),
+        (["chat", "{m}"], 1, "no tokenizer"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line(
+    capsys: pytest.CaptureFixture[str], tiny_moe: Path, args: list[str], code: int, says: str
+) -> None:
+    got, out, err = run(capsys, *(a.replace("{m}", str(tiny_moe)) for a in args))
+    assert got == code
+    assert out == ""
+    assert says in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err
+
+
+def test_a_refused_budget_names_one_that_works(capsys: pytest.CaptureFixture[str], tiny_moe: Path) -> None:
+    _, _, err = run(capsys, "generate", str(tiny_moe), "--prompt-ids", "5,6", "--resident", "100B")
+    smallest = err.strip().rsplit(" ", 1)[1]
+    code, out, err = run(
+        capsys,
+        "generate",
+        str(tiny_moe),
+        "--prompt-ids",
+        "5,6",
+        "--resident",
+        smallest,
+        "--json",
+        "--max-new-tokens",
+        "4",
+    )
+    assert (code, err) == (0, "")
+    assert len(json.loads(out)["token_ids"]) == 4
+
+
+def test_json_has_every_field(capsys: pytest.CaptureFixture[str], tiny_moe: Path) -> None:
+    code, out, err = run(capsys, "generate", str(tiny_moe), "--prompt-ids", "5,6,7", "--json", "--max-new-tokens", "6",
+                         "--resident", "50%")  # fmt: skip
+    assert (code, err) == (0, "")
+    d = json.loads(out)
+    assert d["prompt_tokens"] == 3
+    assert d["new_tokens"] == len(d["token_ids"]) == 6
+    assert d["text"] is None
+    assert d["ttft_s"] > 0
+    assert d["decode_tokens_per_s"] > 0
+    assert d["predicted_decode_tokens_per_s"] is None
+    assert d["bottleneck"] in ("disk", "compute")
+    assert d["stall_s"] >= 0
+    assert d["bytes_read"] > 0
+    assert 0 <= d["hit_rate"] < 1
+    assert d["peak_rss_bytes"] > 0
+    assert d["exact"] is True
+
+
+def test_same_seed_same_answer(capsys: pytest.CaptureFixture[str], tiny_moe: Path) -> None:
+    def tokens(seed: str, resident: str) -> list[int]:
+        args = ["generate", str(tiny_moe), "--prompt-ids", "5,6,7", "--json", "--temperature", "1.5", "--seed", seed,
+                "--max-new-tokens", "12", "--resident", resident]  # fmt: skip
+        ids: list[int] = json.loads(run(capsys, *args)[1])["token_ids"]
+        return ids
+
+    assert tokens("1", "100%") == tokens("1", "40%")
+    assert tokens("1", "100%") != tokens("2", "100%")
+
+
+def test_ctrl_c_ends_a_run_with_130(wide_dense: Path) -> None:
+    p = spawn("generate", str(wide_dense), "--prompt-ids", ",".join(["5"] * 64), "--max-new-tokens", "4000",
+              "--resident", "30%")  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(list(Path(f"/proc/{p.pid}/task").iterdir())) <= READERS and time.monotonic() < deadline:
+        time.sleep(0.05)  # the readers start once the model is being loaded
+    time.sleep(1.0)  # well into decoding
+    assert p.poll() is None
+    began = time.monotonic()
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=10)
+    assert time.monotonic() - began < 2
+    assert p.returncode == 130
+    assert err.strip() == "offload: interrupted"
