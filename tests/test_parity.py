@@ -32,10 +32,11 @@ class Case:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     # transformers' stop strings feel out a tokenizer with the word "abcdef", so there must be one
-    words = {f"w{i}" if i != 3 else "abcdef": i for i in range(VOCAB)}
+    special = {0: "<pad>", 2: "</s>", 3: "abcdef"}
+    words = {special.get(i, f"w{i}"): i for i in range(VOCAB)}
     raw = Tokenizer(models.WordLevel(words, unk_token="abcdef"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w2", unk_token="abcdef")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="abcdef")
 
 
 def load(case: Case, resident: int | str, **options: Any) -> Model:
