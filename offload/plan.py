@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from offload.layout import LaidOut, ModelLayout
+from offload.layout import ExpertGroup, LaidOut, ModelLayout
 from offload.sizes import ceil_mib, format_size
 from tiers import CHUNK, PAGE, BudgetError, UsageError, page_up
 
@@ -98,7 +98,7 @@ def make_plan(
         chunk = tokens if demand.whole_prompt else min(chunk, tokens)
         return demand.kv(tokens), demand.activations(chunk, tokens)
 
-    tight = _place(layout, _Minimum(), None)
+    tight = _place(layout, _Minimum())
     assert tight is not None
     smallest = fixed + sum(overhead(least_context, MIN_CHUNK)) + tight.arena
     smallest = page_up(smallest)
@@ -130,7 +130,7 @@ def make_plan(
     while fixed + kv + activations + tight.arena > ram and chunk > MIN_CHUNK:
         chunk //= 2
         kv, activations = overhead(context, chunk)
-    placed = _place(layout, _Room(ram - fixed - kv - activations, resident), resident)
+    placed = _place(layout, _Room(ram - fixed - kv - activations, resident))
     assert placed is not None, "the smallest plan fits, so some plan does"
     total = sum(len(g.blocks) for layer in layout.layers for g in layer.experts)
     return Plan(
@@ -185,25 +185,40 @@ class _Minimum(_Room):
 
 def expert_pools(layout: ModelLayout) -> dict[int, list[LaidOut]]:
     """Experts by slot size: each size class has one pool."""
+    classes = _size_classes(layout)
     pools: dict[int, list[LaidOut]] = {}
     for layer in layout.layers:
         for group in layer.experts:
-            size = page_up(max(e.block.slot_nbytes for e in group.blocks))
-            pools.setdefault(size, []).extend(group.blocks)
+            pools.setdefault(classes[_slot(group)], []).extend(group.blocks)
     return pools
+
+
+def _slot(group: ExpertGroup) -> int:
+    return page_up(max(e.block.slot_nbytes for e in group.blocks))
+
+
+def _size_classes(layout: ModelLayout) -> dict[int, int]:
+    """Slot size → size of its class: sizes that differ by padding only (a sixteenth) share one."""
+    classes: dict[int, int] = {}
+    leader = 0
+    for size in sorted({_slot(g) for layer in layout.layers for g in layer.experts}, reverse=True):
+        leader = leader if size >= leader * 15 // 16 and leader else size
+        classes[size] = leader
+    return classes
 
 
 def _least_experts(layout: ModelLayout) -> dict[int, int]:
     """Slots per pool below which decoding one token would read an expert twice: a layer's top-k."""
+    classes = _size_classes(layout)
     least: dict[int, int] = {}
     for layer in layout.layers:
         for group in layer.experts:
-            size = page_up(max(e.block.slot_nbytes for e in group.blocks))
+            size = classes[_slot(group)]
             least[size] = max(least.get(size, 1), group.top_k)
     return least
 
 
-def _place(layout: ModelLayout, room: _Room, resident: int | None) -> _Placement | None:
+def _place(layout: ModelLayout, room: _Room) -> _Placement | None:
     """Pin as many dense blocks as fit, spread evenly, and stream the others; experts get what is left."""
     rest = layout.rest.block
     dense = [layer.dense.block for layer in layout.layers]
@@ -214,24 +229,24 @@ def _place(layout: ModelLayout, room: _Room, resident: int | None) -> _Placement
     biggest = {size: max(e.block.nbytes for e in blocks) for size, blocks in pools.items()}
     arena0 = page_up(rest.slot_nbytes) + sum(size * n for size, n in least.items())
     resident0 = rest.nbytes + sum(biggest[size] * n for size, n in least.items())
-    chosen: tuple[list[str], PoolPlan | None, int, int] | None = None
-    for streamed in range(len(dense) + 1):
+
+    def pinning(slots: int, streamed: int) -> tuple[list[str], PoolPlan | None, int, int]:
         away = _spread(len(dense), streamed)
         gone = [b for i, b in enumerate(dense) if i in away]
         kept = [b for i, b in enumerate(dense) if i not in away]
-        # two slots keep the disk busy while one is computed on; one slot still works
-        for slots in (min(2, streamed), min(1, streamed)):
-            slot = page_up(max((b.slot_nbytes for b in gone), default=0))
-            arena = arena0 + sum(page_up(b.slot_nbytes) for b in kept) + slots * slot
-            weights = resident0 + sum(b.nbytes for b in kept) + slots * max((b.nbytes for b in gone), default=0)
-            last = streamed == len(dense) and slots == min(1, streamed)
-            if room.fits(arena, weights) or (last and isinstance(room, _Minimum)):
-                chosen = [b.key for b in kept], PoolPlan(slot, slots) if slots else None, arena, weights
-                break
-        if chosen is not None:
-            break
+        slots = min(slots, streamed)
+        slot = page_up(max((b.slot_nbytes for b in gone), default=0))
+        arena = arena0 + sum(page_up(b.slot_nbytes) for b in kept) + slots * slot
+        weights = resident0 + sum(b.nbytes for b in kept) + slots * max((b.nbytes for b in gone), default=0)
+        return [b.key for b in kept], PoolPlan(slot, slots) if slots else None, arena, weights
+
+    # two slots keep the disk busy while one is computed on; one slot works, but then nothing overlaps
+    options = [pinning(slots, streamed) for slots in (2, 1) for streamed in range(len(dense) + 1)]
+    chosen = next((o for o in options if room.fits(o[2], o[3])), None)
     if chosen is None:
-        return None
+        if not isinstance(room, _Minimum):
+            return None
+        chosen = pinning(1, len(dense))
     pinned, stream, arena, weights = chosen
     experts: dict[int, PoolPlan] = {}
     for size, blocks in pools.items():
