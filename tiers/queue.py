@@ -87,13 +87,19 @@ class TransferQueue:
         self._closed = False
         self._in_flight = 0
         self._busy_since = 0.0
-        self.busy_s = 0.0  # wall time with at least one request in flight
+        self._busy_s = 0.0
         self.bytes_read = dict.fromkeys(Cause, 0)
         self._threads = [
             threading.Thread(target=self._work, name=f"offload-read-{i}", daemon=True) for i in range(depth)
         ]
         for t in self._threads:
             t.start()
+
+    @property
+    def busy_s(self) -> float:
+        """Wall time so far with at least one request in flight, in seconds."""
+        with self._cond:
+            return self._busy_s + (time.perf_counter() - self._busy_since if self._in_flight else 0.0)
 
     def submit(self, key: str, segments: Sequence[Segment], slot: Slot, cause: Cause, deadline: float = 0.0) -> Ticket:
         """Start moving `segments` into `slot`. Among equals the smaller `deadline` goes first."""
@@ -185,7 +191,7 @@ class TransferQueue:
                 self.bytes_read[ticket.cause] += moved
                 self._in_flight -= 1
                 if self._in_flight == 0:
-                    self.busy_s += time.perf_counter() - self._busy_since
+                    self._busy_s += time.perf_counter() - self._busy_since
                 if error is not None:
                     ticket.error = ticket.error or error
                     ticket._pieces.clear()
