@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from cli.progress import dim
+from cli.progress import Progress, dim
 from offload.errors import Interrupted, UsageError
 from offload.model import Conversation, Model
 
@@ -46,7 +46,8 @@ def talk(
                 return 0
             _slash(line, conversation, model)
             continue
-        with interruptible(model):
+        with interruptible(model), Progress() as progress:
+            model.engine.on_prefill = progress
             try:
                 result = conversation.say(line, lambda piece: print(piece, end="", flush=True), **options)
             except UsageError as e:

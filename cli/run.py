@@ -88,7 +88,8 @@ def _generate(args: argparse.Namespace) -> int:
         raise UsageError("the prompt is empty")
     if args.chat and not isinstance(prompt, str):
         raise UsageError("--chat needs a prompt in words, not --prompt-ids")
-    with _load(args) as model, _interruptible(model):
+    with _load(args) as model, _interruptible(model), Progress() as progress:
+        model.engine.on_prefill = progress
         if args.chat:
             assert isinstance(prompt, str)
             prompt = model.render([{"role": "user", "content": prompt}])

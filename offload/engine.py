@@ -58,6 +58,8 @@ class Engine:
         self.folder = folder
         self.config = config
         self.interrupt = threading.Event()
+        self.on_prefill: Progress | None = None  # told of layers done while a prompt is computed
+        self._prefilled = self._prefill_total = 0
         self._lock = threading.RLock()
         self.hf_config = hf.load_config(folder)
         checkpoint = read_checkpoint(folder)
@@ -107,9 +109,12 @@ class Engine:
         """
         with self._lock:
             chunk = max(1, self.plan.prefill_chunk // max(1, tokens.shape[0]))
+            self._prefilled = self._prefill_total = 0
             keep = sequences.inputs.get("logits_to_keep", 0)
             cut = sequences.cache is not None and tokens.shape[1] > chunk and isinstance(keep, int)
             cut = cut and self.hf_config.model_type not in hf.NO_CHUNKED_PREFILL
+            if tokens.shape[1] > 1:
+                self._prefill_total = self._layer_bytes * (-(-tokens.shape[1] // chunk) if cut else 1)
             if not cut:
                 return self._pass(tokens, sequences.cache, sequences.inputs)
             assert sequences.cache is not None
@@ -175,14 +180,21 @@ class Engine:
             finally:
                 binder.unbind()
         self._prefetcher.advance()  # the slot just left takes the next block
+        self._computed(key)
 
     @contextmanager
-    def _pinned(self, nbytes: int) -> Iterator[None]:
+    def _pinned(self, key: str, nbytes: int) -> Iterator[None]:
         """Around the computation of a block that stays: only the books."""
         self._check()
         self._residency.counters.needed += nbytes
         self._residency.counters.hit += nbytes
         yield
+        self._computed(key)
+
+    def _computed(self, key: str) -> None:
+        if self._prefill_total and self.on_prefill is not None:
+            self._prefilled += self._bytes_of[key]
+            self.on_prefill("prompt", self._prefilled, self._prefill_total)
 
     def _check(self) -> None:
         if self.interrupt.is_set():
@@ -216,12 +228,20 @@ class Engine:
                 self._wrap(module, functools.partial(self._streamed, key, binder))
             else:
                 self._pins.append((laid_out, binder))
-                self._wrap(module, functools.partial(self._pinned, laid_out.block.nbytes))
+                self._wrap(module, functools.partial(self._pinned, key, laid_out.block.nbytes))
         self._pins.append((layout.rest, Binder(self.hf, layout.rest)))
         for size, laid_outs in expert_pools(layout).items():
             residency.add_pool(f"experts.{size}", size, plan.experts[size].count, LRU())
             for e in laid_outs:
                 residency.add(e.block, f"experts.{size}")
+        self._bytes_of = {
+            layer.dense.block.key: layer.dense.block.nbytes
+            + sum(e.block.nbytes for g in layer.experts for e in g.blocks)
+            for layer in layout.layers
+        }
+        if layout.head is not None:
+            self._bytes_of[layout.head.block.key] = layout.head.block.nbytes
+        self._layer_bytes = sum(self._bytes_of.values())
         for layer in layout.layers:
             for group in layer.experts:
                 hf.attach_experts(self.hf.get_submodule(group.module), self._layer_experts(group))

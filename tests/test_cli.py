@@ -156,3 +156,69 @@ def test_ctrl_c_ends_a_run_with_130(wide_dense: Path) -> None:
     assert time.monotonic() - began < 2
     assert p.returncode == 130
     assert err.strip() == "offload: interrupted"
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a chat template, whose answers run on until the context ends."""
+    from families import build
+    from test_model import TEMPLATE
+    from test_parity import tokenizer
+
+    folder = tmp_path_factory.mktemp("chatty")
+    model = build("llama", max_position_embeddings=2048)
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
+    tok = tokenizer()
+    tok.chat_template = TEMPLATE
+    tok.save_pretrained(folder)
+    return folder
+
+
+def test_ctrl_c_in_chat_stops_the_answer_and_at_the_prompt_it_leaves(chatty: Path) -> None:
+    p = spawn("chat", str(chatty), "--resident", "60%", stdin=subprocess.PIPE, bufsize=0)
+    assert p.stdin is not None
+    assert p.stdout is not None
+    p.stdin.write("w10 w11\n")
+    assert p.stdout.read(20)
+    p.send_signal(signal.SIGINT)
+    p.stdin.write("/stats\n")
+    time.sleep(2)
+    assert p.poll() is None, "the first Ctrl-C must only stop the answer"
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=10)
+    assert p.returncode == 130
+    assert "(stopped)" in err
+    assert "peak memory" in err
+    assert "Traceback" not in err
+
+
+def test_chat_answers_and_leaves_at_the_end_of_input(chatty: Path) -> None:
+    p = spawn("chat", str(chatty), "--max-new-tokens", "5", stdin=subprocess.PIPE)
+    out, err = p.communicate("w10\n/help\n/clear\nw10\n", timeout=60)
+    assert p.returncode == 0, err
+    first, second = out.strip().splitlines()
+    assert len(first.split()) == 5
+    assert first == second, "after /clear the same words get the same answer"
+
+
+def test_a_hub_id_is_found_in_the_cache(
+    capsys: pytest.CaptureFixture[str], tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache holds symbolic links into a blob folder beside the snapshot."""
+    import huggingface_hub.constants
+
+    repo = tmp_path / "models--some-org--some-model"
+    snapshot = repo / "snapshots" / "abc"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    snapshot.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    for file in tiny_moe.iterdir():
+        (repo / "blobs" / f"{file.name}-blob").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}-blob")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    args = ("--prompt-ids", "5,6", "--max-new-tokens", "3", "--json")
+    code, out, err = run(capsys, "generate", "some-org/some-model", *args)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["token_ids"] == json.loads(run(capsys, "generate", str(tiny_moe), *args)[1])["token_ids"]
