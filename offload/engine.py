@@ -173,13 +173,13 @@ class Engine:
         assert self._prefetcher is not None
         self._check()
         with self._residency.acquire(key) as lease:
-            self._prefetcher.advance(key)
+            self._prefetcher.entered(key)
             binder.bind(lease.slot)
             try:
                 yield
             finally:
                 binder.unbind()
-        self._prefetcher.advance()  # the slot just left takes the next block
+        self._prefetcher.left()  # the slot just left takes the next block
         self._computed(key)
 
     @contextmanager
@@ -299,7 +299,7 @@ class Engine:
             if progress is not None:
                 progress("loading", done, total)
         if self._prefetcher is not None:
-            self._prefetcher.advance()
+            self._prefetcher.start()
 
 
 def _ram_budget(config: RunConfig) -> int:

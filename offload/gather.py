@@ -100,6 +100,22 @@ class Gather:
             return self
         raise NotAGather("indexing")
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotAGather(name)  # a tensor method that is not one of those below
+
+    def _refuse(self, *args: Any) -> Any:
+        raise NotAGather("arithmetic")
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __matmul__ = __truediv__ = __neg__ = _refuse
+
+    def _dim(self, dim: int, more: int = 0) -> int:
+        n = self.ndim + more
+        if not -n <= dim < n:
+            raise IndexError(f"dimension {dim} of a tensor with {n}")
+        return dim % n
+
     def reshape(self, *shape: Any) -> Gather:
         """Only the shape changes."""
         sizes = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
@@ -110,23 +126,27 @@ class Gather:
             raise ValueError(f"cannot reshape {tuple(self.shape)} to {tuple(sizes)}")
         return Gather(sizes, self.dtype, self.extents)
 
-    view = reshape
+    def view(self, *shape: Any) -> Gather:
+        """As `reshape`; a view in another dtype is a transform."""
+        if isinstance(shape[0], torch.dtype):
+            raise NotAGather("view in another dtype")
+        return self.reshape(*shape)
 
     def squeeze(self, dim: int | None = None) -> Gather:
         """As `torch.squeeze`."""
         if dim is None:
             return Gather([n for n in self.shape if n != 1], self.dtype, self.extents)
-        dim %= self.ndim
+        dim = self._dim(dim)
         return Gather([n for i, n in enumerate(self.shape) if i != dim or n != 1], self.dtype, self.extents)
 
     def unsqueeze(self, dim: int) -> Gather:
         """As `torch.unsqueeze`."""
-        dim %= self.ndim + 1
+        dim = self._dim(dim, 1)
         return Gather([*self.shape[:dim], 1, *self.shape[dim:]], self.dtype, self.extents)
 
     def split(self, sizes: int | Sequence[int], dim: int = 0) -> list[Gather]:
         """As `torch.split`."""
-        dim %= self.ndim
+        dim = self._dim(dim)
         n = self.shape[dim]
         if isinstance(sizes, int):
             sizes = [min(sizes, n - at) for at in range(0, n, sizes)]
@@ -146,14 +166,14 @@ class Gather:
 
     def chunk(self, chunks: int, dim: int = 0) -> list[Gather]:
         """As `torch.chunk`."""
-        n = self.shape[dim]
+        n = self.shape[self._dim(dim)]
         return self.split(-(-n // chunks), dim)
 
     @classmethod
     def cat(cls, tensors: Sequence[Gather], dim: int = 0) -> Gather:
         """As `torch.cat`; all of one stored dtype."""
         first = tensors[0]
-        dim %= first.ndim
+        dim = first._dim(dim)
         if any(t.dtype != first.dtype for t in tensors):
             raise NotAGather("concatenating tensors stored in different dtypes")
         shapes = {(*t.shape[:dim], *t.shape[dim + 1 :]) for t in tensors}

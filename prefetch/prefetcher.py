@@ -1,4 +1,4 @@
-"""The prefetcher: keeps the link busy with the blocks the schedule will need, as far ahead as slots allow."""
+"""The prefetcher: keeps the link busy with the blocks the schedule will need next."""
 
 from __future__ import annotations
 
@@ -9,25 +9,49 @@ from tiers import Residency
 
 
 class Prefetcher:
-    """Asks residency for upcoming blocks in order and stops at the first refusal.
+    """Asks residency for upcoming blocks in order, within a window.
 
-    The byte budget is the pool itself: residency refuses once every slot holds something needed sooner.
+    `window` bounds the blocks in use or fetched and not yet used. A wider pool then keeps the others from cycle to
+    cycle; looking farther ahead would evict those for blocks that can still come in time.
     """
 
-    def __init__(self, residency: Residency, schedule: CyclicSchedule) -> None:
+    def __init__(self, residency: Residency, schedule: CyclicSchedule, window: int = 2) -> None:
         self._residency = residency
         self._schedule = schedule
+        self._window = window
+        self._current: str | None = None
+        self._ahead: set[str] = set()
         self._clock = itertools.count()
 
-    def advance(self, key: str | None = None) -> None:
-        """The step has reached `key` (already leased); look ahead from there."""
-        if key is not None:
-            self._schedule.used(key)
-        for upcoming in self._schedule.upcoming():
-            if not self._residency.prefetch(upcoming, deadline=float(next(self._clock))):
-                break
+    def entered(self, key: str) -> None:
+        """The step has reached `key`, which is leased."""
+        self._schedule.used(key)
+        self._current = key
+        self._ahead.discard(key)
+        self._advance()
+
+    def left(self) -> None:
+        """The block entered last has been given back: its slot may take another."""
+        self._current = None
+        self._advance()
+
+    def start(self) -> None:
+        """Begin before the first step."""
+        self._advance()
 
     def restart(self) -> None:
-        """A step was cut short or a request ended: forget transfers under way and start from the first block."""
+        """A step was cut short: forget transfers under way and start from the first block."""
         self._residency.cancel_prefetches()
         self._schedule.restart()
+        self._current = None
+        self._ahead.clear()
+
+    def _advance(self) -> None:
+        for key in self._schedule.upcoming():
+            if len(self._ahead) + (self._current is not None) >= self._window:
+                break
+            if key in self._ahead or self._residency.resident(key):
+                continue
+            if not self._residency.prefetch(key, deadline=float(next(self._clock))):
+                break
+            self._ahead.add(key)

@@ -136,8 +136,8 @@ class TransferQueue:
         with self._cond:
             self._closed = True
             for *_, ticket in self._heap:
-                if ticket.done:
-                    continue
+                if ticket.done or not ticket._pieces:
+                    continue  # what is wholly under way comes in
                 ticket._pieces.clear()
                 ticket.error = ticket.error or ReadError("the transfer queue was closed")
                 if ticket._running == 0:

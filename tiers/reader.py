@@ -62,6 +62,7 @@ class _OpenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.buffered = False
+        self._lock = threading.Lock()
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
         except OSError as e:
@@ -89,13 +90,19 @@ class _OpenFile:
 
     def use_buffered(self) -> None:
         """Some file systems accept the flag at open and refuse the first read."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if self._identity(os.fstat(fd)) != self.identity:
+        with self._lock:
+            if self.buffered:
+                return
+            try:
+                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                raise ReadError(f"{self.path} went away while in use: {e.strerror}; load the model again") from e
+            if self._identity(os.fstat(fd)) != self.identity:
+                os.close(fd)
+                raise ReadError(f"{self.path} was replaced or modified while in use; load the model again")
+            os.dup2(fd, self.fd, inheritable=False)
             os.close(fd)
-            raise ReadError(f"{self.path} was replaced or modified while in use; load the model again")
-        os.dup2(fd, self.fd, inheritable=False)
-        os.close(fd)
-        self.buffered = True
+            self.buffered = True
 
 
 class DirectReader:
@@ -161,22 +168,25 @@ class DirectReader:
         return whole
 
     def _pread(self, f: _OpenFile, into: memoryview, offset: int, needed: int) -> None:
-        got = 0
+        got = torn = 0
         while got < needed:
+            direct = not f.buffered
             try:
                 n = os.preadv(f.fd, [into[got:]], offset + got)
             except OSError as e:
-                if e.errno == errno.EINVAL and not f.buffered:
+                if e.errno == errno.EINVAL and direct:
                     f.use_buffered()
                     continue
                 raise ReadError(f"reading {f.path} at byte {offset + got} failed: {e.strerror}") from e
-            if n == 0:
+            if n == 0 or (torn and got + n <= torn):
+                end = offset + max(got, torn)
                 raise ReadError(
-                    f"{f.path} ends at byte {offset + got} where {offset + needed} are needed: truncated while in use"
+                    f"{f.path} ends at byte {end} where {offset + needed} are needed: truncated while in use"
                 )
             got += n
-            if got < needed and got % PAGE and not f.buffered:
-                got = page_down(got)  # direct reads must continue on a page; read the torn one again
+            torn = 0
+            if got < needed and got % PAGE and direct:
+                got, torn = page_down(got), got  # direct reads must continue on a page: read the torn one again
         if f.buffered:
             # our own copy is the only one wanted in memory
             os.posix_fadvise(f.fd, offset, needed, os.POSIX_FADV_DONTNEED)

@@ -62,7 +62,9 @@ class Lease:
 
     def wait(self) -> Lease:
         """Block until every byte is in the slot. On `ReadError` or `Interrupted` the lease is released."""
-        if self._owner is not None and self._ticket is not None:
+        if self._owner is None:
+            raise RuntimeError(f"the lease on {self.key} was given back")
+        if self._ticket is not None:
             self._owner._wait(self, self._ticket)
             self._ticket = None
         return self
@@ -123,6 +125,8 @@ class Residency:
         """
         with self._lock:
             entry = self._entries[key]
+            if entry.ticket is not None and entry.ticket.done and entry.ticket.error is not None:
+                self._forget(entry, entry.ticket)  # nobody waited for it; this request starts afresh
             under_way = entry.ticket is not None and not entry.ticket.done
             missed = entry.slot is None
             fetched = missed or entry.unused
@@ -204,14 +208,12 @@ class Residency:
         slot = self._take_slot(entry, cause)
         if slot is None:
             return False
-        entry.slot = slot
-        entry.unused = True
         try:
             entry.ticket = self._queue.submit(entry.block.key, entry.block.segments, slot, cause, deadline)
         except BaseException:
-            entry.slot = None
             self._pools[entry.pool][0].give(slot)
             raise
+        entry.slot, entry.unused = slot, True
         self._pools[entry.pool][1].touched(entry.block.key)
         return True
 
