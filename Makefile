@@ -21,7 +21,7 @@ lint: $(STAMP)  ## style, types and the layering of the packages
 tables: $(STAMP)  ## make the README's tables from bench/results/*.json
 	@$(BIN)/python bench/tables.py
 
-demo-models: $(STAMP)  ## train the bundled models again (about an hour on two cores)
+demo-models: $(STAMP)  ## train the bundled models again (about half an hour on two cores)
 	@$(BIN)/python tools/demo_models/train.py --out offload/models
 
 # torch goes first and pinned: left to itself, pip takes the newest build with gigabytes of CUDA

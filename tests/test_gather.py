@@ -39,7 +39,9 @@ class Pair:
 
 
 def raw(t: torch.Tensor) -> bytes:
-    return bytes(t.contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else b""
+    flat = torch.empty(t.numel(), dtype=t.dtype)  # its stride is 1, which `contiguous` does not promise for one element
+    flat.view(t.shape).copy_(t)
+    return bytes(flat.view(torch.uint8).numpy()) if t.numel() else b""
 
 
 def read(gather: Gather) -> bytes:

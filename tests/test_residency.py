@@ -71,6 +71,7 @@ class WildDisk:
         self.lock = threading.Lock()
         self.asked: list[int] = []  # file offsets, in the order in which they were asked for
         self.moved = 0
+        self.writing: list[tuple[int, int]] = []  # slot address and file offset of what is under way
         self.faults: dict[int, Callable[[], Exception]] = {}  # file offset → what happens there
         self.changed = False
         self.gate = threading.Event()
@@ -83,14 +84,19 @@ class WildDisk:
     def read(self, piece: Piece, slot: Slot) -> int:
         with self.lock:
             self.asked.append(piece.offset)
-        self.gate.wait(self.longest_hold)
-        fault = self.faults.get(piece.offset)
-        if fault is not None:
-            raise fault()
-        n = self.inner.read(piece, slot)
-        with self.lock:
-            self.moved += n
-        return n
+            self.writing.append((slot.address, piece.offset))
+        try:
+            self.gate.wait(self.longest_hold)
+            fault = self.faults.get(piece.offset)
+            if fault is not None:
+                raise fault()
+            n = self.inner.read(piece, slot)
+            with self.lock:
+                self.moved += n
+            return n
+        finally:
+            with self.lock:
+                self.writing.remove((slot.address, piece.offset))
 
     def verify(self, file: int) -> None:
         if self.changed:
@@ -228,6 +234,11 @@ class World:
                     assert e.ticket.done
                     assert e.ticket.error is None
                     assert content(e.slot) == image(e.block), f"the bytes of {key}"
+            with self.disk.lock:
+                for address, offset in self.disk.writing:
+                    owner = r._entries.get(places[address])
+                    assert owner is not None, "a free slot is being written"
+                    assert offset in offsets(owner.block), f"the slot of {owner.block.key} is written for another block"
             pooled = {s.address for name in r._pools for s in self.slots_of(name)}
             pinned = {e.slot.address for e in r._entries.values() if e.pool is None and e.slot is not None}
             assert len(pinned) == len(self.pinned)
@@ -698,6 +709,7 @@ def test_cancelling_frees_the_slots(narrow: World) -> None:
     lease = r.request("l1")  # wanted: stays
     threading.Timer(0.05, disk.gate.set).start()
     r.cancel_prefetches()  # waits for the piece under way: its slot is being written
+    narrow.check(Counter(["l1"]))
     assert [k for k in ("l0", "l1", "c0") if r._entries[k].slot is not None] == ["l1"]
     assert (r._pools["lru"][0].free, r._pools["cyclic"][0].free) == (2, 2)
     assert lease is not None
