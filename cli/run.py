@@ -49,8 +49,8 @@ def _load(args: argparse.Namespace) -> Model:
 
     with Progress() as progress:
         return offload.load(
-            args.model, ram=args.ram, resident=args.resident, device=args.device, dtype=args.dtype,
-            context=args.context, threads=args.threads, progress=progress,
+            args.model, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device, dtype=args.dtype,
+            context=args.context, threads=args.threads, link=args.link, trace=args.trace, progress=progress,
         )  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def _as_json(result: Any) -> dict[str, Any]:
         "bottleneck": stats.bottleneck,
         "stall_s": stats.total.stall_s,
         "bytes_read": stats.total.bytes_read,
+        "bytes_up": stats.total.bytes_up,
         "hit_rate": stats.hit_rate,
         "peak_rss_bytes": stats.peak_rss_bytes,
         "ram_budget_bytes": stats.budget_bytes,
