@@ -80,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text; may be repeated")
     generate.add_argument("--num-beams", type=_whole, default=1, metavar="N", help="beam search")
     generate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    profile = commands.add_parser(
+        "profile", allow_abbrev=False, help="measure this machine",
+        description="Measure disk, memory, link and compute. Kept for a month; --fresh measures anew.",
+    )  # fmt: skip
+    profile.add_argument("model", nargs="?", metavar="MODEL", help="its folder's disk is measured (default: demo-moe)")
+    profile.add_argument("--device", default="auto", metavar="auto|cuda|cpu|emulated", help="what to measure")
+    profile.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link")
+    profile.add_argument("--fresh", action="store_true", help="measure again")
+    profile.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     return parser
 
 
