@@ -38,12 +38,15 @@ def _common() -> _Parser:
     run.add_argument(
         "--ram", metavar="SIZE", help="peak memory of the whole process, e.g. 8GiB (default: what is free)"
     )
+    run.add_argument("--vram", metavar="SIZE", help="peak memory of the device (default: what is free)")
     run.add_argument("--resident", metavar="SIZE|PERCENT", help="most weight bytes kept in memory, e.g. 50%%")
-    run.add_argument("--device", default="auto", metavar="auto|cpu", help="where to compute (default: auto)")
+    run.add_argument("--device", default="auto", metavar="auto|cuda|cpu|emulated", help="where to compute")
     run.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16",
                      help="compute in this type (default: the checkpoint's)")  # fmt: skip
     run.add_argument("--context", type=_whole, metavar="N", help="tokens to reserve KV for (default: what fits)")
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")
+    run.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link (default: 8GB/s)")
+    run.add_argument("--trace", metavar="FILE", help="write a timeline that opens in Perfetto")
     sample = common.add_argument_group("choosing tokens")
     sample.add_argument("--max-new-tokens", type=_whole, metavar="N", help="most tokens to generate")
     sample.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (generate's default)")
@@ -77,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text; may be repeated")
     generate.add_argument("--num-beams", type=_whole, default=1, metavar="N", help="beam search")
     generate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    profile = commands.add_parser(
+        "profile", allow_abbrev=False, help="measure this machine",
+        description="Measure disk, memory, link and compute. Kept for a month; --fresh measures anew.",
+    )  # fmt: skip
+    profile.add_argument("model", nargs="?", metavar="MODEL", help="its folder's disk is measured (default: demo-moe)")
+    profile.add_argument("--device", default="auto", metavar="auto|cuda|cpu|emulated", help="what to measure")
+    profile.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link")
+    profile.add_argument("--fresh", action="store_true", help="measure again")
+    profile.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     return parser
 
 

@@ -24,7 +24,7 @@ def command(args: argparse.Namespace) -> int:
     """Dispatch, and turn errors into one line and an exit code."""
     _quiet_libraries()
     try:
-        return {"chat": _chat, "generate": _generate}[args.command](args)
+        return {"chat": _chat, "generate": _generate, "profile": _profile}[args.command](args)
     except Interrupted:
         print("offload: interrupted", file=sys.stderr)
         return Interrupted.exit_code
@@ -49,8 +49,8 @@ def _load(args: argparse.Namespace) -> Model:
 
     with Progress() as progress:
         return offload.load(
-            args.model, ram=args.ram, resident=args.resident, device=args.device, dtype=args.dtype,
-            context=args.context, threads=args.threads, progress=progress,
+            args.model, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device, dtype=args.dtype,
+            context=args.context, threads=args.threads, link=args.link, trace=args.trace, progress=progress,
         )  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def _as_json(result: Any) -> dict[str, Any]:
         "bottleneck": stats.bottleneck,
         "stall_s": stats.total.stall_s,
         "bytes_read": stats.total.bytes_read,
+        "bytes_up": stats.total.bytes_up,
         "hit_rate": stats.hit_rate,
         "peak_rss_bytes": stats.peak_rss_bytes,
         "ram_budget_bytes": stats.budget_bytes,
@@ -148,3 +149,33 @@ def _chat(args: argparse.Namespace) -> int:
 
     with _load(args) as model:
         return talk(model, args.system, _sampling(args), _interruptible)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    import offload
+    from offload.sizes import format_size
+
+    p = offload.profile(args.model, device=args.device, link=args.link, fresh=args.fresh)
+    if args.json:
+        print(json.dumps(p.as_json()))
+        return 0
+    print(f"{p.machine['cpu']}, {p.machine['cores']} cores, {format_size(p.machine['ram_bytes'])}; device {p.device}")
+    print(f"memory read      {p.memory_bytes_per_s / 1e9:7.2f} GB/s")
+    for d in p.disk:
+        kind = "sequential" if d.sequential else "random"
+        print(
+            f"disk {kind:11s} {d.bytes_per_s / 1e9:7.2f} GB/s   {format_size(d.request)} x {d.depth}, "
+            f"{d.latency_s * 1e6:.0f} us each"
+        )
+    if p.link is not None:
+        up, down, slow = p.link.up_bytes_per_s, p.link.down_bytes_per_s, p.link.pageable_up_bytes_per_s
+        print(f"link             {up / 1e9:7.2f} GB/s up, {down / 1e9:.2f} down, {slow / 1e9:.2f} from pageable memory")
+    for c in p.compute:
+        print(
+            f"{c.dtype:9s} x {c.tokens:<4d} {c.weight_bytes_per_s / 1e9:7.2f} GB/s of weights, "
+            f"{c.flops_per_s / 1e9:.0f} GFLOP/s"
+        )
+    print(f"a layer's call   {p.layer_call_s * 1e6:7.0f} us")
+    for note in p.notes:
+        print(f"({note})")
+    return 0

@@ -25,6 +25,7 @@ from tiers.errors import (
 
 if TYPE_CHECKING:
     from offload.model import Conversation, Generation, Model
+    from offload.profile import Profile
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,21 @@ def load(
     return Model(Engine(folder, config, progress))
 
 
+def profile(model: str | Path | None = None, *, fresh: bool = False, **options: Any) -> Profile:
+    """Measured speeds of this machine, on the disk that holds `model`; kept for a month unless `fresh`.
+
+    Options: `device`, `link` as for `load`.
+    """
+    from offload.config import RunConfig
+
+    config = RunConfig.of(options)
+    from offload.engine import make_device
+    from offload.profile import profile as measured
+    from offload.resolve import resolve
+
+    return measured(resolve(model), make_device(config), fresh=fresh)
+
+
 def __getattr__(name: str) -> Any:
     # the model module imports torch and transformers; `import offload` alone should not
     if name in ("Model", "Generation", "Conversation"):
@@ -72,5 +88,5 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BudgetError", "CheckpointError", "Conversation", "Generation", "Interrupted", "Model", "ModelError",
-    "OffloadError", "ReadError", "UsageError", "load",
+    "OffloadError", "ReadError", "UsageError", "load", "profile",
 ]  # fmt: skip

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from offload.sizes import parse_size
+from offload.sizes import parse_rate, parse_size
 from tiers import UsageError
 
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cuda", "cpu", "emulated")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -17,21 +17,28 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class RunConfig:
     """What `offload.load` and the commands take.
 
-    `ram`: peak resident bytes of the whole process (None: what is free). `resident`: most weight bytes kept in
-    memory, bytes or a percentage of the model (None: as many as fit). `context`: tokens KV is reserved for (None:
-    what fits, at most the model's own). `threads`: compute threads (None: all cores).
+    `ram`: peak resident bytes of the whole process (None: what is free). `vram`: peak bytes of device memory (None:
+    what is free; an emulated device needs it, and its memory comes on top of `ram`). `resident`: most weight bytes
+    kept in memory, bytes or a percentage of the model (None: as many as fit). `context`: tokens KV is reserved for
+    (None: what fits, at most the model's own). `threads`: compute threads (None: all cores). `link`: rate of the
+    emulated device's link, bytes per second. `trace`: file for a timeline.
     """
 
     ram: str | int | None = None
+    vram: str | int | None = None
     resident: str | int | None = None
     device: str = "auto"
     dtype: str = "auto"
     context: int | None = None
     threads: int | None = None
+    link: str = "8GB"
+    trace: str | None = None
 
     def __post_init__(self) -> None:
-        if self.ram is not None and not str(self.ram).strip().endswith("%"):
-            parse_size(self.ram, flag="--ram")
+        for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
+            if size is not None:
+                parse_size(size, of=1 << 40, flag=flag)
+        parse_rate(self.link, flag="--link")
         if self.resident is not None:
             parse_size(self.resident, of=1 << 40, flag="--resident")
         if self.device not in DEVICES:
@@ -51,9 +58,10 @@ class RunConfig:
             raise UsageError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
         merged = dict(options)
         for place, size in (max_memory or {}).items():
-            if place != "cpu":
-                raise UsageError(f"max_memory: {place!r} is not a memory this machine can use; 'cpu' is")
-            if merged.get("ram") is not None:
-                raise UsageError("give the budget as ram or as max_memory, not both")
-            merged["ram"] = size
+            if place not in ("cpu", 0):
+                raise UsageError(f"max_memory: {place!r} is not a memory that can be used; 'cpu' and 0 are")
+            budget = "ram" if place == "cpu" else "vram"
+            if merged.get(budget) is not None:
+                raise UsageError(f"give the budget as {budget} or as max_memory, not both")
+            merged[budget] = size
         return cls(**merged)

@@ -18,9 +18,12 @@ class RowReader:
     family's own. A few recent rows are kept: the ids of a chat repeat.
     """
 
-    def __init__(self, table: Table, module: nn.Embedding, queue: TransferQueue, rows_kept: int = 256) -> None:
+    def __init__(
+        self, table: Table, module: nn.Embedding, queue: TransferQueue, device: torch.device, rows_kept: int = 256
+    ) -> None:
         self._table = table
         self._queue = queue
+        self._device = device
         self._row = table.gather.nbytes // table.gather.shape[0]  # stored bytes of one row
         self._codec = None if table.gather.dtype == table.dtype else CastCodec(table.gather.dtype, table.dtype)
         self._kept: dict[int, torch.Tensor] = {}
@@ -28,7 +31,7 @@ class RowReader:
         self._forward = module.forward
         # shape, dtype and device are the table's, at no cost; a lookup that bypasses us yields NaN, not garbage
         self._home: dict[str, Any] = module.__dict__["_parameters"]
-        self._stand_in = torch.full((1, 1), torch.nan, dtype=table.dtype).expand(*table.gather.shape)
+        self._stand_in = torch.full((1, 1), torch.nan, dtype=table.dtype, device=device).expand(*table.gather.shape)
         self._home["weight"] = self._stand_in
         module.padding_idx = None  # only means something to gradients, and must not index the small table
         module.forward = self.forward  # type: ignore[method-assign]
@@ -36,7 +39,7 @@ class RowReader:
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's forward on token ids `input` of any shape."""
         ids, local = torch.unique(input, return_inverse=True)
-        rows = self.rows(ids.tolist())
+        rows = self.rows(ids.tolist()).to(self._device)
         self._home["weight"] = rows
         try:
             out: torch.Tensor = self._forward(local.view(input.shape), *args, **kwargs)

@@ -26,16 +26,24 @@ from offload.binding import Binder
 from offload.checkpoint import read_checkpoint
 from offload.config import RunConfig
 from offload.embedding import RowReader
-from offload.layout import ExpertGroup, LaidOut, ModelLayout, lay_out_model
-from offload.plan import READERS, Demand, Plan, expert_pools, make_plan, streamed
-from offload.sizes import parse_size
+from offload.hierarchy import Hierarchy, Progress
+from offload.layout import ExpertGroup, ModelLayout, lay_out_model
+from offload.plan import READERS, Budgets, Demand, Plan, make_plan
+from offload.sizes import parse_rate, parse_size
 from offload.stats import StepStats
-from prefetch import CyclicSchedule, Prefetcher
-from tiers import LRU, Arena, DirectReader, Interrupted, Lease, NextUse, OffloadError, Residency, TransferQueue
+from tiers import (
+    CpuDevice,
+    CudaDevice,
+    Device,
+    DirectReader,
+    EmulatedDevice,
+    Interrupted,
+    Lease,
+    OffloadError,
+    Trace,
+    UsageError,
+)
 from tiers import memory as mem
-
-Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
-STREAM = "stream"
 
 
 @dataclass(slots=True)
@@ -68,7 +76,8 @@ class Engine:
         found = plan_cache.traced(folder, checkpoint, self.hf_config, lambda: hf.trace(self.hf, checkpoint.tensors))
         self.layout: ModelLayout = lay_out_model(self.hf, found, dtype)
         eager = hf.uses_eager_attention(self.hf)
-        shape = hf.Shape.of(self.hf_config)
+        self.device = make_device(config)
+        device_base, vram = _device_budget(config, self.device)
         self.plan: Plan = make_plan(
             self.layout,
             Demand(
@@ -76,26 +85,38 @@ class Engine:
                 activations=lambda new, context: hf.activation_bytes(
                     self.hf_config, new, context, dtype.itemsize, eager
                 ),
-                max_context=shape.max_context,
+                max_context=hf.Shape.of(self.hf_config).max_context,
                 whole_prompt=self.hf_config.model_type in hf.NO_CHUNKED_PREFILL,
             ),
-            ram=_ram_budget(config),
-            base=mem.rss(),
-            resident=(
-                parse_size(config.resident, of=self.layout.weight_bytes, flag="--resident")
-                if config.resident is not None
-                else None
+            Budgets(
+                ram=_ram_budget(config),
+                base=mem.rss(),
+                vram=vram,
+                device_base=device_base,
+                resident=(
+                    parse_size(config.resident, of=self.layout.weight_bytes, flag="--resident")
+                    if config.resident is not None
+                    else None
+                ),
+                context=config.context,
             ),
-            context=config.context,
         )
         self.steps: list[StepStats] = []
+        self.trace = Trace() if config.trace is not None else None
         self._reader = DirectReader(checkpoint.files)
-        self._queue = TransferQueue(self._reader, READERS)
         try:
-            self._residency = Residency(Arena(self.plan.arena), self._queue)
-            self._residency.interrupted = self.interrupt.is_set
-            self._place()
-            self._load(progress)
+            self._memory = Hierarchy(
+                self.layout, self.plan, self._reader, self.device, self.interrupt.is_set, self.trace
+            )
+        except BaseException:
+            self._reader.close()
+            raise
+        try:
+            self._connect()
+            self._memory.load(progress)
+            for binder, key in self._pins:
+                with self._memory.compute.acquire(key) as lease:
+                    binder.bind(lease.slot)
         except BaseException:
             self.close()
             raise
@@ -135,15 +156,17 @@ class Engine:
         return make_cache(self.hf_config, capacity)
 
     def close(self) -> None:
-        """Stop the readers and close the files. Steps after this raise."""
-        self._queue.close()
+        """Stop the workers, close the files, write the trace. Steps after this raise."""
+        self._memory.close()
         self._reader.close()
+        if self.trace is not None and self.config.trace is not None:
+            self.trace.write(Path(self.config.trace))
 
     # one pass, layer by layer
 
     def _pass(self, tokens: torch.Tensor, cache: Cache | None, inputs: Mapping[str, Any]) -> Any:
         stats = StepStats(tokens=tokens.numel(), sequences=tokens.shape[0])
-        before = self._books()
+        before = self._memory.books()
         began = time.perf_counter()
         finished = False
         try:
@@ -152,44 +175,45 @@ class Engine:
             finished = True
             return out
         finally:
-            if not finished and self._prefetcher is not None:
-                self._prefetcher.restart()
+            if not finished:
+                self._memory.restart()
             stats.seconds = time.perf_counter() - began
-            for name, value in self._books().items():
+            for name, value in self._memory.books().items():
                 setattr(stats, name, value - before[name])
             self.steps.append(stats)
-
-    def _books(self) -> dict[str, Any]:
-        """The running totals a step's figures are differences of."""
-        c = self._residency.counters
-        return {
-            "stall_s": c.stall_s, "needed": c.needed, "hit": c.hit, "late": c.late, "missed": c.missed,
-            "read_busy_s": self._queue.busy_s, "bytes_read": sum(self._queue.bytes_read.values()),
-        }  # fmt: skip
 
     @contextmanager
     def _streamed(self, key: str, binder: Binder) -> Iterator[None]:
         """Around the computation of a streamed block: wait for it, look ahead, bind; afterwards look ahead again."""
-        assert self._prefetcher is not None
         self._check()
-        with self._residency.acquire(key) as lease:
-            self._prefetcher.entered(key)
+        with self._memory.compute.acquire(key) as lease:
+            self._memory.entered(key)
             binder.bind(lease.slot)
             try:
-                yield
+                with self._traced(key):
+                    yield
             finally:
                 binder.unbind()
-        self._prefetcher.left()  # the slot just left takes the next block
+        self._memory.left()  # the slot just given back takes the next block
         self._computed(key)
 
     @contextmanager
     def _pinned(self, key: str, nbytes: int) -> Iterator[None]:
         """Around the computation of a block that stays: only the books."""
         self._check()
-        self._residency.counters.needed += nbytes
-        self._residency.counters.hit += nbytes
-        yield
+        counters = self._memory.compute.counters
+        counters.needed += nbytes
+        counters.hit += nbytes
+        with self._traced(key):
+            yield
         self._computed(key)
+
+    @contextmanager
+    def _traced(self, key: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.trace is not None:
+            self.trace.slice("compute", key, began, time.perf_counter())
 
     def _computed(self, key: str) -> None:
         if self._prefill_total and self.on_prefill is not None:
@@ -202,38 +226,23 @@ class Engine:
 
     # building
 
-    def _place(self) -> None:
-        """Give every block its pool or its own slot, and every module its way to them."""
-        plan, layout, residency = self.plan, self.layout, self._residency
+    def _connect(self) -> None:
+        """Give every module its way to its blocks."""
+        layout, memory = self.layout, self._memory
         self._forward = self.hf.forward
-        away = streamed(layout, plan)
-        self._prefetcher: Prefetcher | None = None
-        if away and plan.stream is not None:
-            schedule = CyclicSchedule([b.block.key for b in away])
-            residency.add_pool(STREAM, plan.stream.slot_nbytes, plan.stream.count, NextUse(schedule.next_use))
-            for laid_out in away:
-                residency.add(laid_out.block, STREAM)
-            self._prefetcher = Prefetcher(residency, schedule)
-        gone = {b.block.key for b in away}
-        self._pins: list[tuple[LaidOut, Binder]] = []
+        gone = {b.block.key for b in memory.streamed()}
+        self._pins = [(Binder(self.hf, layout.rest), layout.rest.block.key)]
         modules = [(layer.module, layer.dense) for layer in layout.layers]
         if layout.head is not None:
-            name = layout.head.specs[0].name.rpartition(".")[0]
-            modules.append((name, layout.head))
+            modules.append((layout.head.specs[0].name.rpartition(".")[0], layout.head))
         for name, laid_out in modules:
-            module = self.hf.get_submodule(name)
-            binder = Binder(self.hf, laid_out)
-            key = laid_out.block.key
-            if key in gone:
-                self._wrap(module, functools.partial(self._streamed, key, binder))
+            binder, block = Binder(self.hf, laid_out), laid_out.block
+            if block.key in gone:
+                around = functools.partial(self._streamed, block.key, binder)
             else:
-                self._pins.append((laid_out, binder))
-                self._wrap(module, functools.partial(self._pinned, key, laid_out.block.nbytes))
-        self._pins.append((layout.rest, Binder(self.hf, layout.rest)))
-        for size, laid_outs in expert_pools(layout).items():
-            residency.add_pool(f"experts.{size}", size, plan.experts[size].count, LRU())
-            for e in laid_outs:
-                residency.add(e.block, f"experts.{size}")
+                self._pins.append((binder, block.key))
+                around = functools.partial(self._pinned, block.key, block.nbytes)
+            self._wrap(self.hf.get_submodule(name), around)
         self._bytes_of = {
             layer.dense.block.key: layer.dense.block.nbytes
             + sum(e.block.nbytes for g in layer.experts for e in g.blocks)
@@ -246,10 +255,11 @@ class Engine:
             for group in layer.experts:
                 hf.attach_experts(self.hf.get_submodule(group.module), self._layer_experts(group))
         self._tables = [
-            RowReader(t, module, self._queue)
+            RowReader(t, module, memory.disk, self.device.torch_device)
             for t in layout.tables
             if isinstance(module := self.hf.get_submodule(t.module), nn.Embedding)
         ]
+        hf.move_buffers(self.hf, self.device.torch_device)
         self.hf.forward = self._hf_forward
 
     def _layer_experts(self, group: ExpertGroup) -> LayerExperts:
@@ -258,7 +268,7 @@ class Engine:
         def views(lease: Lease) -> dict[str, torch.Tensor]:
             return {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
 
-        return LayerExperts(self._residency, [e.block.key for e in group.blocks], views, lookahead=READERS)
+        return LayerExperts(self._memory.compute, [e.block.key for e in group.blocks], views, lookahead=READERS)
 
     def _wrap(self, module: nn.Module, around: Callable[[], Any]) -> None:
         forward = module.forward
@@ -277,29 +287,29 @@ class Engine:
         cache = inputs.pop("past_key_values", None)
         return self.step(Sequences(cache, inputs), input_ids)
 
-    def _load(self, progress: Progress | None) -> None:
-        """Read what stays in memory; the rest starts to stream."""
-        tickets = [(laid_out, binder, self._residency.pin(laid_out.block)) for laid_out, binder in self._pins]
-        experts = []
-        if self.plan.everything_fits:
-            experts = [e.block for layer in self.layout.layers for g in layer.experts for e in g.blocks]
-        total = sum(p.block.stored_nbytes for p, _ in self._pins) + sum(b.stored_nbytes for b in experts)
-        done = 0
-        for laid_out, binder, _ in tickets:
-            with self._residency.acquire(laid_out.block.key) as lease:
-                binder.bind(lease.slot)
-            done += laid_out.block.stored_nbytes
-            if progress is not None:
-                progress("loading", done, total)
-        for block in experts:
-            self._residency.prefetch(block.key)
-        for block in experts:
-            self._residency.acquire(block.key).release()
-            done += block.stored_nbytes
-            if progress is not None:
-                progress("loading", done, total)
-        if self._prefetcher is not None:
-            self._prefetcher.start()
+
+def make_device(config: RunConfig) -> Device:
+    """The device asked for; `auto` is CUDA where there is one. Raises `UsageError`."""
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "emulated":
+        return EmulatedDevice(parse_rate(config.link, flag="--link"))
+    if config.vram is not None and kind == "cpu":
+        raise UsageError("--vram: there is no device with memory of its own here; use --device emulated to try one")
+    return CudaDevice() if kind == "cuda" else CpuDevice()
+
+
+def _device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
+    """(what the device takes for itself, its budget or None)."""
+    if not device.own_memory:
+        return 0, None
+    if isinstance(device, CudaDevice):
+        taken, free = device.memory()
+        return taken, parse_size(config.vram, of=free, flag="--vram") if config.vram is not None else int(free * 0.9)
+    if config.vram is None:
+        raise UsageError("--device emulated needs --vram, the size of the memory to emulate")
+    return 0, parse_size(config.vram, of=mem.available(), flag="--vram")
 
 
 def _ram_budget(config: RunConfig) -> int:

@@ -236,6 +236,14 @@ def experts_modules(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the recomputed buffers (rope tables and the like) where compute is."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)
+
+
 def attach_experts(module: nn.Module, experts: Any) -> None:
     """From now on the module's forward is `experts.forward(module, hidden, index, weights)`."""
     module.__dict__["offload_experts"] = experts

@@ -43,6 +43,11 @@ def parse_size(text: str | int, *, of: int | None = None, flag: str = "size") ->
     return size
 
 
+def parse_rate(text: str, *, flag: str) -> float:
+    """Bytes per second meant by `text` (`8GB`, `8GB/s`). Raises `UsageError`."""
+    return float(parse_size(str(text).strip().removesuffix("/s"), flag=flag))
+
+
 def format_size(n: float) -> str:
     """Binary units with three digits: `4.50 GiB`, `812 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

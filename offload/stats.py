@@ -18,6 +18,8 @@ class StepStats:
     stall_s: float = 0.0
     read_busy_s: float = 0.0  # wall time with at least one disk request in flight
     bytes_read: int = 0
+    link_busy_s: float = 0.0
+    bytes_up: int = 0  # from host to device memory
     needed: int = 0
     hit: int = 0
     late: int = 0

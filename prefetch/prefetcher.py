@@ -35,6 +35,13 @@ class Prefetcher:
         self._current = None
         self._advance()
 
+    def passed(self, key: str) -> None:
+        """`key` has gone on to the tier above, if this tier holds it at all: its slot may take another."""
+        if self._schedule.knows(key):
+            self._schedule.used(key)
+            self._ahead.discard(key)
+            self._advance()
+
     def start(self) -> None:
         """Begin before the first step."""
         self._advance()

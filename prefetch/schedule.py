@@ -18,6 +18,10 @@ class CyclicSchedule:
             raise ValueError("a block appears twice in one step")
         self._next = 0
 
+    def knows(self, key: str) -> bool:
+        """Whether the block is part of the cycle."""
+        return key in self._index
+
     def used(self, key: str) -> None:
         """The step has reached this block."""
         self._next = (self._index[key] + 1) % len(self.order)

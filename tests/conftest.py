@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 # before transformers is imported anywhere: tests never reach for the network, and keep quiet
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# tiny models gain nothing from a second thread, and lose a great deal when another process wants the core
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

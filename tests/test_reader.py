@@ -226,9 +226,7 @@ class BlockReaderContract:
         [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float16)],
     )
     @pytest.mark.parametrize("offset", [0, 3, 2 * PAGE - 7])
-    def test_cast_codec(
-        self, tmp_path: Path, stored: torch.dtype, compute: torch.dtype, offset: int
-    ) -> None:
+    def test_cast_codec(self, tmp_path: Path, stored: torch.dtype, compute: torch.dtype, offset: int) -> None:
         n = CHUNK // stored.itemsize + 1001  # cut between requests
         values = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(stored)
         path = tmp_path / "cast.bin"
@@ -346,9 +344,7 @@ class BlockReaderContract:
                 read_all(reader, [place(0, 4 * PAGE, 0, padded)], slot_of(8 * PAGE))
 
     @pytest.mark.parametrize("code", [errno.EIO, errno.ENXIO, errno.ESTALE])
-    def test_a_failing_disk(
-        self, opened: tuple[BlockReader, Path], monkeypatch: pytest.MonkeyPatch, code: int
-    ) -> None:
+    def test_a_failing_disk(self, opened: tuple[BlockReader, Path], monkeypatch: pytest.MonkeyPatch, code: int) -> None:
         reader, _ = opened
         segments = [place(0, 2 * PAGE, 0, True), place(3 * PAGE, 100, 3 * PAGE, False)]
 

@@ -5,6 +5,7 @@ Knows nothing of models, tokens or the policies of experts and KV.
 
 from tiers.arena import Arena, Pool, Slot
 from tiers.block import PAGE, Block, Codec, Segment, page_down, page_up
+from tiers.device import CpuDevice, CudaDevice, Device, EmulatedDevice
 from tiers.errors import (
     BudgetError,
     CheckpointError,
@@ -18,10 +19,12 @@ from tiers.policy import LRU, EvictionPolicy, NextUse
 from tiers.queue import Cause, Ticket, TransferQueue
 from tiers.reader import CHUNK, BlockReader, DirectReader, Piece
 from tiers.residency import Counters, Lease, Residency
+from tiers.trace import Trace
+from tiers.uplink import UpLink
 
 __all__ = [
     "CHUNK", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause", "CheckpointError", "Codec",
-    "Counters", "DirectReader", "EvictionPolicy", "Interrupted", "Lease", "ModelError", "NextUse", "OffloadError",
-    "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "Ticket", "TransferQueue", "UsageError",
-    "page_down", "page_up",
+    "Counters", "CpuDevice", "CudaDevice", "Device", "DirectReader", "EmulatedDevice", "EvictionPolicy",
+    "Interrupted", "Lease", "ModelError", "NextUse", "OffloadError", "Piece", "Pool", "ReadError", "Residency",
+    "Segment", "Slot", "Ticket", "Trace", "TransferQueue", "UpLink", "UsageError", "page_down", "page_up",
 ]  # fmt: skip

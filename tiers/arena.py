@@ -8,35 +8,62 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from tiers.block import page_up
 
 
+class Fence(Protocol):
+    """Compute that may still be using a slot."""
+
+    def synchronize(self) -> None:
+        """Block until it is finished."""
+        ...
+
+
 class Slot:
-    """A block's place in an arena: `tensor` is the slot as flat uint8, `view` the same bytes for readers."""
+    """A block's place in an arena: `tensor` is the slot as flat uint8, `view` the same bytes for readers.
 
-    __slots__ = ("address", "nbytes", "tensor", "view")
+    `fence` is compute that may still read the slot though its lease is back: whoever writes next waits for it.
+    """
 
-    def __init__(self, tensor: torch.Tensor, view: memoryview) -> None:
+    __slots__ = ("_view", "address", "fence", "nbytes", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, view: memoryview | None) -> None:
         self.tensor = tensor
-        self.view = view
-        self.nbytes = len(view)
+        self._view = view
+        self.nbytes = tensor.numel()
         self.address = tensor.data_ptr()
+        self.fence: Fence | None = None
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes, for readers; device memory has none."""
+        assert self._view is not None
+        return self._view
 
 
 class Arena:
-    """`nbytes` of page-aligned host memory. `allocate` returns page-aligned slots until it is used up."""
+    """`nbytes` of page-aligned memory. `allocate` returns page-aligned slots until it is used up."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, device: torch.device | None = None) -> None:
         self.nbytes = max(page_up(nbytes), mmap.PAGESIZE)
+        self.used = 0
+        self._view: memoryview | None = None
+        if device is not None and device.type != "cpu":
+            self.tensor = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+            return
         self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if self.nbytes >= 64 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
             # fewer page-table walks in the kernels, and fewer pages to pin per direct read
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self._view = memoryview(self._map)
+
+    def reset(self) -> None:
+        """Carve anew from the front. The caller knows that nobody uses the slots handed out before."""
         self.used = 0
 
     def allocate(self, nbytes: int) -> Slot:
@@ -45,7 +72,7 @@ class Arena:
         if self.used + size > self.nbytes:
             raise MemoryError(f"arena of {self.nbytes} bytes has {self.nbytes - self.used} left, {size} asked for")
         start, self.used = self.used, self.used + size
-        return Slot(self.tensor[start : start + size], self._view[start : start + size])
+        return Slot(self.tensor[start : start + size], self._view[start : start + size] if self._view else None)
 
 
 class Pool:

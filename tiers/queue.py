@@ -1,7 +1,8 @@
-"""The transfer queue: worker threads that fulfil tickets, demand before prefetch.
+"""The transfer queue: worker threads that fulfil tickets over one link, demand before prefetch.
 
 A ticket is one block (or an ad-hoc gather) on its way into a slot, cut into pieces so that a demand never waits
-behind a whole prefetched layer. Completion is a state of the ticket, never a callback.
+behind a whole prefetched layer. Completion is a state of the ticket, never a callback. What a piece is and how it is
+moved is the link's business: `DiskLink` reads files, `UpLink` (`tiers.uplink`) copies from the tier below.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any, Protocol
 
 from tiers.arena import Slot
-from tiers.block import Segment
+from tiers.block import Block, Segment
 from tiers.errors import Interrupted, OffloadError, ReadError
 from tiers.reader import BlockReader, Piece
+from tiers.trace import Trace
 
 
 class Cause(IntEnum):
@@ -31,36 +34,24 @@ class Ticket:
     """A transfer under way. `wait` returns once every byte is in the slot, or raises what went wrong."""
 
     __slots__ = (
-        "_done",
-        "_pieces",
-        "_running",
-        "cancelled",
-        "cause",
-        "deadline",
-        "error",
-        "files",
-        "finished",
-        "key",
-        "nbytes",
-        "slot",
-        "started",
+        "_done", "_pieces", "_running", "block", "cancelled", "cause", "deadline", "error", "finished", "key",
+        "lease", "nbytes", "slot", "started",
     )  # fmt: skip
 
-    def __init__(
-        self, key: str, slot: Slot, pieces: Sequence[Piece], cause: Cause, deadline: float, done: threading.Event
-    ) -> None:
+    def __init__(self, key: str, block: Block | None, slot: Slot, cause: Cause, deadline: float) -> None:
         self.key = key
+        self.block = block
         self.slot = slot
         self.cause = cause
         self.deadline = deadline
         self.error: OffloadError | None = None
         self.cancelled = False
         self.nbytes = 0  # bytes that crossed the link so far
-        self.files = sorted({p.file for p in pieces})
+        self.lease: Any = None  # what an upward link holds in the tier below
         self.started = self.finished = 0.0
-        self._pieces = deque(pieces)
-        self._running = 0
-        self._done = done
+        self._pieces: deque[Piece] = deque()
+        self._running: list[Piece] = []
+        self._done = threading.Event()
 
     @property
     def done(self) -> bool:
@@ -76,11 +67,70 @@ class Ticket:
             raise self.error
 
 
-class TransferQueue:
-    """`depth` threads reading through one `BlockReader`; so many requests are in flight at once."""
+class Link(Protocol):
+    """One way between two places. Called by the queue's workers; errors are `OffloadError`s."""
 
-    def __init__(self, reader: BlockReader, depth: int = 8) -> None:
+    @property
+    def name(self) -> str:
+        """Its lane in a timeline."""
+        ...
+
+    @property
+    def poll_s(self) -> float | None:
+        """How soon to ask again whether a piece is ready; None: pieces always are."""
+        ...
+
+    def cut(self, ticket: Ticket, segments: Sequence[Segment]) -> list[Piece]:
+        """The pieces of a transfer, in the order in which they should go."""
+        ...
+
+    def ready(self, ticket: Ticket, piece: Piece) -> bool:
+        """Whether the piece can be moved now. Raises what makes that impossible for good."""
+        ...
+
+    def move(self, ticket: Ticket, piece: Piece) -> int:
+        """Move one piece; returns the bytes that crossed the link."""
+        ...
+
+    def finish(self, ticket: Ticket, whole: bool) -> None:
+        """The last piece is in (`whole`), or there will be no more. May raise to fail the ticket."""
+        ...
+
+
+class DiskLink:
+    """From files to host slots."""
+
+    name = "disk"
+    poll_s = None
+
+    def __init__(self, reader: BlockReader) -> None:
         self._reader = reader
+
+    def cut(self, ticket: Ticket, segments: Sequence[Segment]) -> list[Piece]:
+        """Requests as the reader likes them."""
+        return [p for s in segments for p in self._reader.split(s, ticket.slot)]
+
+    def ready(self, ticket: Ticket, piece: Piece) -> bool:
+        """A file is always there."""
+        return True
+
+    def move(self, ticket: Ticket, piece: Piece) -> int:
+        """Read."""
+        return self._reader.read(piece, ticket.slot)
+
+    def finish(self, ticket: Ticket, whole: bool) -> None:
+        """Bytes of a changed file never reach a model."""
+        if whole and ticket.block is not None:
+            for file in sorted({s.file for s in ticket.block.segments}):
+                self._reader.verify(file)
+
+
+class TransferQueue:
+    """`depth` threads moving pieces over one link; so many are in flight at once."""
+
+    def __init__(self, link: Link | BlockReader, depth: int = 8, trace: Trace | None = None) -> None:
+        self._link: Link = link if hasattr(link, "cut") else DiskLink(link)  # type: ignore[assignment]
+        self._trace = trace
         self._heap: list[tuple[int, float, int, Ticket]] = []
         self._order = itertools.count()
         self._cond = threading.Condition()
@@ -90,7 +140,8 @@ class TransferQueue:
         self._busy_s = 0.0
         self.bytes_read = dict.fromkeys(Cause, 0)
         self._threads = [
-            threading.Thread(target=self._work, name=f"offload-read-{i}", daemon=True) for i in range(depth)
+            threading.Thread(target=self._work, name=f"offload-read-{self._link.name}-{i}", daemon=True)
+            for i in range(depth)
         ]
         for t in self._threads:
             t.start()
@@ -103,14 +154,19 @@ class TransferQueue:
 
     def submit(self, key: str, segments: Sequence[Segment], slot: Slot, cause: Cause, deadline: float = 0.0) -> Ticket:
         """Start moving `segments` into `slot`. Among equals the smaller `deadline` goes first."""
-        pieces = [p for s in segments for p in self._reader.split(s, slot)]
-        ticket = Ticket(key, slot, pieces, cause, deadline, threading.Event())
+        return self.fetch(Block(key, 0, slot.nbytes, tuple(segments)), slot, cause, deadline)
+
+    def fetch(self, block: Block, slot: Slot, cause: Cause, deadline: float = 0.0) -> Ticket:
+        """Start moving `block` into `slot`."""
+        ticket = Ticket(block.key, block, slot, cause, deadline)
+        pieces = self._link.cut(ticket, block.segments)
         with self._cond:
             if self._closed:
                 raise ReadError("the transfer queue is closed")
             if not pieces:
                 ticket._done.set()
                 return ticket
+            ticket._pieces.extend(pieces)
             self._push(ticket)
             self._cond.notify(len(pieces))
         return ticket
@@ -122,13 +178,27 @@ class TransferQueue:
                 ticket.cause = Cause.DEMAND
                 self._push(ticket)  # the old heap entry is skipped when met
 
+    def arrived(self, ticket: Ticket, nbytes: int) -> bool:
+        """Whether the first `nbytes` of the ticket's slot are there. Raises the ticket's error.
+
+        Pieces go in slot order, so everything below the first one not finished is. The end counts only once the
+        whole transfer has been found good.
+        """
+        if ticket.done:
+            if ticket.error is not None:
+                raise ticket.error
+            return True
+        with self._cond:
+            open_ = [p.dst for p in ticket._running] + [p.dst for p in itertools.islice(ticket._pieces, 1)]
+            return nbytes < ticket.slot.nbytes and min(open_, default=0) >= nbytes
+
     def cancel(self, ticket: Ticket) -> None:
         """Drop what has not been requested yet, and wait for the requests in flight: the slot is then free."""
         with self._cond:
             ticket.cancelled = True
             ticket._pieces.clear()
-            if ticket._running == 0 and not ticket.done:
-                self._finish(ticket)
+            if not ticket._running and not ticket.done:
+                self._finish(ticket, False)
         ticket._done.wait()
 
     def close(self) -> None:
@@ -140,8 +210,8 @@ class TransferQueue:
                     continue  # what is wholly under way comes in
                 ticket._pieces.clear()
                 ticket.error = ticket.error or ReadError("the transfer queue was closed")
-                if ticket._running == 0:
-                    self._finish(ticket)
+                if not ticket._running:
+                    self._finish(ticket, False)
             self._cond.notify_all()
         for t in self._threads:
             t.join()
@@ -150,16 +220,30 @@ class TransferQueue:
         heapq.heappush(self._heap, (ticket.cause, ticket.deadline, next(self._order), ticket))
 
     def _next(self) -> tuple[Ticket, Piece] | None:
-        """The most urgent piece, or None. Called under the lock; entries without pieces left are dropped."""
-        while self._heap:
-            ticket = self._heap[0][-1]
-            if ticket._pieces:
-                return ticket, ticket._pieces.popleft()
+        """The most urgent piece that can go, or None. Called under the lock."""
+        while self._heap and not self._heap[0][-1]._pieces:
             heapq.heappop(self._heap)
+        for *_, ticket in self._heap[:1] if self._link.poll_s is None else sorted(self._heap):
+            if not ticket._pieces:
+                continue
+            try:
+                if self._link.ready(ticket, ticket._pieces[0]):
+                    return ticket, ticket._pieces.popleft()
+            except OffloadError as e:
+                ticket.error = e
+                ticket._pieces.clear()
+                if not ticket._running:
+                    self._finish(ticket, False)
         return None
 
-    def _finish(self, ticket: Ticket) -> None:
+    def _finish(self, ticket: Ticket, whole: bool) -> None:
+        try:
+            self._link.finish(ticket, whole)
+        except OffloadError as e:
+            ticket.error = ticket.error or e
         ticket.finished = time.perf_counter()
+        if self._trace is not None and ticket.started:
+            self._trace.transfer(self._link.name, ticket)
         ticket._done.set()
 
     def _work(self) -> None:
@@ -168,25 +252,29 @@ class TransferQueue:
                 while (job := self._next()) is None:
                     if self._closed:
                         return
-                    self._cond.wait()
+                    self._cond.wait(self._link.poll_s if self._heap else None)
                 ticket, piece = job
                 now = time.perf_counter()
                 if not ticket.started:
                     ticket.started = now
-                ticket._running += 1
+                ticket._running.append(piece)
                 if self._in_flight == 0:
                     self._busy_since = now
                 self._in_flight += 1
             error: OffloadError | None = None
             moved = 0
             try:
-                moved = self._reader.read(piece, ticket.slot)
+                fence = ticket.slot.fence
+                if fence is not None:
+                    fence.synchronize()  # a slot is reused only after the compute that read it
+                    ticket.slot.fence = None
+                moved = self._link.move(ticket, piece)
             except OffloadError as e:
                 error = e
             except Exception as e:  # a worker must never die with a ticket in its hands
                 error = ReadError(f"reading block {ticket.key} failed: {type(e).__name__}: {e}")
             with self._cond:
-                ticket._running -= 1
+                ticket._running.remove(piece)
                 ticket.nbytes += moved
                 self.bytes_read[ticket.cause] += moved
                 self._in_flight -= 1
@@ -195,12 +283,5 @@ class TransferQueue:
                 if error is not None:
                     ticket.error = ticket.error or error
                     ticket._pieces.clear()
-                last = not ticket._pieces and ticket._running == 0 and not ticket.done
-                if last and ticket.error is None and not ticket.cancelled:
-                    try:
-                        for file in ticket.files:
-                            self._reader.verify(file)  # bytes of a changed file never reach a model
-                    except OffloadError as e:
-                        ticket.error = e
-                if last:
-                    self._finish(ticket)
+                if not ticket._pieces and not ticket._running and not ticket.done:
+                    self._finish(ticket, ticket.error is None and not ticket.cancelled)

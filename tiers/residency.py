@@ -16,8 +16,10 @@ from types import TracebackType
 
 from tiers.arena import Arena, Pool, Slot
 from tiers.block import Block
+from tiers.device import Device
 from tiers.policy import EvictionPolicy
 from tiers.queue import Cause, Ticket, TransferQueue
+from tiers.trace import Trace
 
 
 @dataclass(slots=True)
@@ -73,7 +75,14 @@ class Lease:
         """Give the right back. A second call does nothing."""
         owner, self._owner = self._owner, None
         if owner is not None:
-            owner._release(self.key)
+            owner._release(self.key, self.slot)
+
+    def ready_to(self, nbytes: int | None) -> bool:
+        """Whether the first `nbytes` of the slot (None: all) are there. Raises what went wrong."""
+        if self._ticket is None:
+            return True
+        assert self._owner is not None
+        return self._owner._queue.arrived(self._ticket, self.slot.nbytes if nbytes is None else nbytes)
 
     def __enter__(self) -> Lease:
         return self
@@ -85,9 +94,13 @@ class Lease:
 class Residency:
     """Blocks, their pools and policies. `acquire`, `request` and `prefetch` are safe from any thread."""
 
-    def __init__(self, arena: Arena, queue: TransferQueue) -> None:
+    def __init__(
+        self, arena: Arena, queue: TransferQueue, device: Device | None = None, trace: Trace | None = None
+    ) -> None:
         self._arena = arena
         self._queue = queue
+        self._device = device
+        self._trace = trace
         self._lock = threading.RLock()
         self._entries: dict[str, _Entry] = {}
         self._pools: dict[str, tuple[Pool, EvictionPolicy]] = {}
@@ -107,7 +120,7 @@ class Residency:
     def pin(self, block: Block) -> Ticket:
         """Register a block that stays: it gets a slot of its own and starts to load."""
         slot = self._arena.allocate(block.slot_nbytes)
-        ticket = self._queue.submit(block.key, block.segments, slot, Cause.PREFETCH)
+        ticket = self._queue.fetch(block, slot, Cause.PREFETCH)
         self._entries[block.key] = _Entry(block, None, slot, ticket)
         return ticket
 
@@ -117,7 +130,7 @@ class Residency:
         assert lease is not None
         return lease.wait()
 
-    def request(self, key: str, *, must: bool = True) -> Lease | None:
+    def request(self, key: str, *, must: bool = True, cause: Cause = Cause.DEMAND) -> Lease | None:
         """Lease the block now and let its bytes arrive; `Lease.wait` is the other half.
 
         With `must` False the answer is None if every slot is leased; with True that is a `RuntimeError`, because a
@@ -131,11 +144,11 @@ class Residency:
             missed = entry.slot is None
             fetched = missed or entry.unused
             if missed:
-                if not self._fetch(entry, Cause.DEMAND):
+                if not self._fetch(entry, cause):
                     if must:
                         raise RuntimeError(f"every slot of pool {entry.pool} is leased; the plan gave it too few")
                     return None
-            elif under_way and entry.ticket is not None:
+            elif under_way and entry.ticket is not None and cause is Cause.DEMAND:
                 self._queue.promote(entry.ticket)
             entry.leases += 1  # before the lock is let go: from here on it cannot be evicted
             entry.unused = False
@@ -158,13 +171,23 @@ class Residency:
                 try:
                     ticket.wait(self.interrupted)
                 finally:
-                    self.counters.stall_s += time.perf_counter() - began
+                    now = time.perf_counter()
+                    self.counters.stall_s += now - began
+                    if self._trace is not None:
+                        self._trace.slice("stall", lease.key, began, now)
         except BaseException:
             lease.release()
             with self._lock:
                 if ticket.done and ticket.error is not None:
                     self._forget(self._entries[lease.key], ticket)
             raise
+
+    def promote(self, key: str) -> None:
+        """Whatever the block was fetched for, it is now waited for."""
+        with self._lock:
+            ticket = self._entries[key].ticket
+            if ticket is not None and not ticket.done:
+                self._queue.promote(ticket)
 
     def prefetch(self, key: str, deadline: float = 0.0) -> bool:
         """Start fetching the block if a slot can be had without evicting something more useful.
@@ -196,8 +219,10 @@ class Residency:
         """All registered blocks."""
         return [e.block for e in self._entries.values()]
 
-    def _release(self, key: str) -> None:
+    def _release(self, key: str, slot: Slot) -> None:
         with self._lock:
+            if self._device is not None:
+                slot.fence = self._device.fence()
             entry = self._entries[key]
             assert entry.leases > 0
             entry.leases -= 1
@@ -209,7 +234,7 @@ class Residency:
         if slot is None:
             return False
         try:
-            entry.ticket = self._queue.submit(entry.block.key, entry.block.segments, slot, cause, deadline)
+            entry.ticket = self._queue.fetch(entry.block, slot, cause, deadline)
         except BaseException:
             self._pools[entry.pool][0].give(slot)
             raise
@@ -260,7 +285,7 @@ class Residency:
             return
         if entry.pool is None:
             # a pinned slot stays its own; only the content is void
-            entry.ticket = self._queue.submit(entry.block.key, entry.block.segments, entry.slot, Cause.DEMAND)
+            entry.ticket = self._queue.fetch(entry.block, entry.slot, Cause.DEMAND)
             return
         pool, policy = self._pools[entry.pool]
         pool.give(entry.slot)

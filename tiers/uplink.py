@@ -1,0 +1,58 @@
+"""From host slots to device slots: the link between two residencies.
+
+A block wanted on the device is leased in the tier below, which fetches it from disk if it is not there; its first
+part goes up while the rest is still being read. The lease below is given back when the copy is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tiers.block import PAGE, Segment, page_up
+from tiers.device import Device
+from tiers.queue import Cause, Ticket
+from tiers.reader import Piece
+from tiers.residency import Lease, Residency
+
+UP_CHUNK = 4 << 20  # bytes per copy: long enough to reach a link's rate, short enough for a demand to overtake
+
+
+class UpLink:
+    """`Link` from `below` to a device."""
+
+    name = "link"
+    poll_s = 0.0005  # the tier below has no way to call up, so it is asked
+
+    def __init__(self, below: Residency, device: Device) -> None:
+        self.below = below  # exchanged once, when loading is over and nothing is under way
+        self._device = device
+
+    def cut(self, ticket: Ticket, segments: Sequence[Segment]) -> list[Piece]:
+        """The block's slot in chunks, front to back."""
+        assert ticket.block is not None
+        end = page_up(ticket.block.slot_nbytes)
+        return [Piece(0, at, min(UP_CHUNK, end - at), at, None, True) for at in range(0, end, UP_CHUNK)]
+
+    def ready(self, ticket: Ticket, piece: Piece) -> bool:
+        """Whether the bytes have arrived below. The first question leases the block there."""
+        if ticket.lease is None:
+            ticket.lease = self.below.request(ticket.key, must=False, cause=ticket.cause)
+            if ticket.lease is None:
+                return False  # every slot below is on its way up; one comes free
+        lease: Lease = ticket.lease
+        if ticket.cause is Cause.DEMAND:
+            self.below.promote(ticket.key)
+        assert ticket.block is not None
+        last = piece.offset + piece.nbytes >= page_up(ticket.block.slot_nbytes)
+        return lease.ready_to(None if last else piece.offset + piece.nbytes + PAGE)
+
+    def move(self, ticket: Ticket, piece: Piece) -> int:
+        """Copy one chunk."""
+        self._device.copy(ticket.lease.slot, ticket.slot, piece.offset, piece.offset + piece.nbytes)
+        return piece.nbytes
+
+    def finish(self, ticket: Ticket, whole: bool) -> None:
+        """Nothing reads the slot below any more."""
+        lease, ticket.lease = ticket.lease, None
+        if lease is not None:
+            lease.release()
