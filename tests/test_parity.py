@@ -68,6 +68,43 @@ def oracle_new(case: Case, ids: torch.Tensor, **options: Any) -> list[list[int]]
     return case.oracle.generate(ids, **options)[:, ids.shape[1] :].tolist()
 
 
+def smallest_vram(case: Case) -> int:
+    with pytest.raises(offload.BudgetError, match="--vram") as refusal:
+        offload.load(case.folder, device="emulated", vram=1, context=128)
+    assert refusal.value.smallest is not None
+    return refusal.value.smallest
+
+
+@pytest.mark.parametrize("vram", ["smallest", "half", "everything"])
+def test_on_an_emulated_device(case: Case, vram: str) -> None:
+    """The same on a device with memory of its own, from the smallest that works to one that holds all."""
+    ids = torch.tensor([case.prompts[0]])
+    least = smallest_vram(case)
+    weights = sum(p.numel() * 4 for p in case.oracle.parameters())
+    size = {"smallest": least, "half": least + weights // 2, "everything": least + 4 * weights}[vram]
+    options: dict[str, Any] = {"device": "emulated", "vram": size, "context": 128}
+    if vram == "smallest":
+        # and as little as possible in RAM: every block goes from disk through RAM to the device
+        with pytest.raises(offload.BudgetError, match="--resident") as refusal:
+            offload.load(case.folder, resident=1, **options)
+        options["resident"] = refusal.value.smallest
+    with offload.load(case.folder, **options) as model:
+        assert model.plan.device is not None
+        with torch.inference_mode():
+            want = case.oracle(ids).logits
+        got = model.hf(input_ids=ids).logits
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        result = model.run([case.prompts[0]], max_new_tokens=NEW)
+        assert result.token_ids == [t[: len(result.token_ids[0])] for t in oracle_new(case, ids)]
+        total = result.stats.total
+        if vram == "everything":
+            assert total.bytes_up == 0
+        else:
+            assert total.bytes_up > 0
+        if vram == "smallest":
+            assert total.bytes_read >= total.bytes_up // 2
+
+
 @pytest.mark.parametrize("resident", ["smallest", "60%", "100%"])
 def test_greedy_tokens_and_logits(case: Case, resident: str) -> None:
     ids = torch.tensor([case.prompts[0]])
