@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: chat test lint tables demo-models clean
+.PHONY: chat test lint tables demo-models gpu-check clean
 
 chat: $(STAMP)  ## talk to the bundled model with only half of its weights in memory
 	@$(BIN)/offload chat --resident 50%
@@ -20,6 +20,9 @@ lint: $(STAMP)  ## style, types and the layering of the packages
 
 tables: $(STAMP)  ## make the README's tables from bench/results/*.json
 	@$(BIN)/python bench/tables.py
+
+gpu-check:  ## tests and a short benchmark on a CUDA device; uses the Python at hand, installs nothing
+	@PYTHONPATH=. $(PYTHON) bench/gpu_check.py
 
 demo-models: $(STAMP)  ## train the bundled models again (about half an hour on two cores)
 	@$(BIN)/python tools/demo_models/train.py --out offload/models
