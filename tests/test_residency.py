@@ -871,6 +871,32 @@ def test_a_changed_file_never_reaches_the_model(world: World) -> None:
     world.check(Counter())
 
 
+def test_a_reader_that_breaks_its_contract_strands_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is raised wherever, the ticket ends and the worker lives."""
+
+    def broken(file: int) -> None:
+        raise ValueError("injected: not an error a reader may raise")
+
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            world.residency.acquire("l0")
+        except BaseException as e:
+            errors.append(e)
+
+    threads = len(reader_threads())
+    with monkeypatch.context() as m:
+        m.setattr(world.disk, "verify", broken)
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(2)
+    assert [type(e) for e in errors] == [ReadError]
+    assert len(reader_threads()) == threads
+    with world.residency.acquire("l0") as lease:
+        assert content(lease.slot) == image(world.block("l0"))
+
+
 def test_an_interrupted_wait_ends_soon(world: World) -> None:
     r, disk = world.residency, world.disk
     stop = threading.Event()
