@@ -158,6 +158,16 @@ def test_limit_is_in_force_and_the_group_goes_away() -> None:
     assert not folder.exists()
 
 
+def test_held_memory_is_given_back() -> None:
+    with limit.Held(8 << 20) as held:
+        assert held.pid is not None
+        assert common.vm_kb("VmRSS", Path(f"/proc/{held.pid}/status")) > 8 << 20
+        limit.release_held(held.pid)
+        assert common.vm_kb("VmRSS", Path(f"/proc/{held.pid}/status")) == 0
+    with limit.Held(1 << 60) as held:
+        assert held.pid is None
+
+
 # disk, sizes
 
 

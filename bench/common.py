@@ -1,0 +1,114 @@
+"""What the benchmark scripts share: folders, sizes, the machine's description, result files. Measures nothing itself.
+
+Imports nothing heavy, so that scripts which only start others stay small beside what they measure.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+RESULTS = BENCH / "results"
+GIB = 1 << 30
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class BenchError(Exception):
+    """Something the user can put right; printed as one line."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by `4.5GiB`, `500MB` or a plain number."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise BenchError(f"{text!r} is not a size; write for example 4.5GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def gib(n: float) -> str:
+    """Bytes for people."""
+    return f"{n / GIB:.2f} GiB"
+
+
+def default_scratch() -> Path:
+    """Where checkpoints of several GB go unless told otherwise: never the repository."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "offload-bench"
+
+
+def mem_available() -> int:
+    """Bytes the kernel could give a new process (MemAvailable)."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(match[1]) << 10 if match else 0
+
+
+def vm_kb(field: str, status: Path = Path("/proc/self/status")) -> int:
+    """A field of a process's status (`VmHWM`, `VmRSS`) in bytes. Not `ru_maxrss`: that one survives exec."""
+    match = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+    return int(match[1]) << 10 if match else 0
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to know of this machine to place the figures."""
+    info = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = set((re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE) or ["", ""])[1].split())
+    total = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return {
+        "cpu": model[1].strip() if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "bf16_instructions": sorted(flags & {"avx512_bf16", "amx_bf16"}),
+        "ram_bytes": int(total[1]) << 10 if total else 0,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")},
+    }
+
+
+def version(distribution: str) -> str | None:
+    """Installed version, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def load_average() -> float:
+    """Runnable processes over the last minute: above 1 when nothing of ours runs, the machine is not quiet."""
+    return os.getloadavg()[0]
+
+
+def today() -> str:
+    """The date of a measurement, UTC."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def worker_env() -> dict[str, str]:
+    """Environment of measured processes: this checkout's packages, no network, no progress bars."""
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {**os.environ, **quiet, "PYTHONPATH": path}
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write through a temporary file, so that a reader never sees half a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as f:
+        f.write(json.dumps(data, indent=1) + "\n")
+    os.chmod(f.name, 0o644)
+    os.replace(f.name, path)
+
+
+def say(*what: object) -> None:
+    """Progress, on stderr: stdout belongs to results."""
+    print(*what, file=sys.stderr, flush=True)

@@ -1,0 +1,161 @@
+"""Makes the README's tables from `bench/results/*.json`. Measures nothing.
+
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` the README gets the table of `results/NAME.json`; everything else
+stays as it is. With `--check` nothing is written and a README that is out of date is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import GIB, RESULTS, ROOT, BenchError, say
+
+_MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+_OPEN = re.compile(r"<!-- bench:[\w.-]+ -->")
+NAMES = {
+    "ours": "**offload**",
+    "accelerate": "accelerate, disk offload (best `max_memory` found)",
+    "transformers-auto": 'transformers, `device_map="auto"`',
+}
+Result = dict[str, Any]
+
+
+def render(result: Result) -> str:
+    """A result as Markdown, with the facts a reader needs to place it."""
+    try:
+        return _RENDERERS[result["kind"]](result)
+    except KeyError as e:
+        raise BenchError(f"result {result.get('name')!r} cannot be shown: it lacks {e}") from e
+
+
+def _compare(result: Result) -> str:
+    lines = [
+        "| engine | tokens/s cold | tokens/s warm | ratio | start to first token | peak memory | same tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    summary = result["summary"]
+    for engine in sorted(summary, key=list(NAMES).index):
+        entry = summary[engine]
+        states = [entry[c] for c in ("cold", "warm") if c in entry]
+        if not states:
+            lines.append(f"| {NAMES[engine]} | {entry['error']} | | | | | |")
+            continue
+        speeds = [_rate(entry[c]["decode_tokens_per_s"]) if c in entry else "–" for c in ("cold", "warm")]
+        ratio = result["ratios"].get(engine, {})
+        times = " / ".join(f"{ratio[k]:.1f}×" for k in ("cold_decode", "warm_decode") if k in ratio)
+        start = " / ".join(f"{s['start_to_first_token_s']:.1f} s" for s in states)
+        peak = max(s["peak_rss_bytes"] for s in states) / GIB
+        lines.append(
+            f"| {NAMES[engine]} | {' | '.join(speeds)} | {times} | {start} | {peak:.2f} GiB | {_same(result, engine)} |"
+        )
+    return "\n".join([*lines, "", _setting(result), "", _floor(result)]).rstrip()
+
+
+def _setting(result: Result) -> str:
+    model, m = result["model"], result["machine"]
+    ours = result["summary"].get("ours", {})
+    rounds = max((s["runs"] for s in ours.values() if isinstance(s, dict)), default=0)
+    limited = all(s["limited"] for e in result["summary"].values() for s in e.values() if isinstance(s, dict))
+    where = f"in a memory cgroup of {result['limit_bytes'] / GIB:.3g} GiB" if limited else "WITHOUT a memory limit"
+    return (
+        f"{result['name']}: {model['weight_bytes'] / GIB:.2f} GiB of random bf16 weights {where}; "
+        f"{result['new_tokens']} tokens, fed one at a time, after a prompt of {result['prompt_tokens']}; cold / warm; "
+        f"median of {rounds} rounds; ratio: offload's tokens/s over the engine's. "
+        f"{_machine(m)}, disk {result['disk']['bandwidth'] / 1e9:.2f} GB/s, "
+        f"{result['date'].split()[0]}."
+    )
+
+
+def _floor(result: Result) -> str:
+    floor = result["floor"]
+    if floor["floor_s"] is None:
+        return ""
+    parts = []
+    if floor["read_s"] is not None:
+        parts.append(f"{floor['bytes_per_token'] / 1e9:.2f} GB must be read per token: {floor['read_s']:.3f} s")
+    if floor["compute_s"] is not None:
+        parts.append(f"computing one takes {floor['compute_s']:.3f} s with all weights in memory")
+    shares = ", ".join(f"{100 * s:.0f} % ({cache})" for cache, s in floor["share"].items())
+    return f"Floor ({floor['bound']}-bound): {'; '.join(parts)}. offload reaches {shares} of it."
+
+
+def _same(result: Result, engine: str) -> str:
+    runs = [r for r in result["equality"]["runs"] if r["engine"] == engine and not r.get("all_in_memory")]
+    if not runs:
+        return "–"
+    worst = min(runs, key=lambda r: r["equal"] / max(1, r["positions"]))
+    text = f"{worst['equal']} of {worst['positions']}"
+    ulps = max(r["worst_ulps"] for r in runs)
+    return f"{text} (≤ {ulps:.0f} ulp)" if ulps else text
+
+
+def _startup(result: Result) -> str:
+    lines = ["| command | median |", "|---|---|"]
+    for r in result["rows"]:
+        what = r["what"] if "," in r["what"] else f"`{r['what']}`"
+        cold = ", caches dropped" if r.get("cache") == "cold" else ""
+        lines.append(f"| {what}{cold} | {r['error'] if 'error' in r else format(r['median_s'], '.2f') + ' s'} |")
+    return "\n".join([*lines, "", f"{_machine(result['machine'])}, {result['date'].split()[0]}."])
+
+
+def _machine(m: Result) -> str:
+    return (
+        f"{m['cpu']}, {m['cores']} cores, {m['ram_bytes'] / GIB:.0f} GiB RAM, Linux {m['kernel'].split('-')[0]}, "
+        f"torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}"
+    )
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:.2f}" if tokens_per_s < 10 else f"{tokens_per_s:.1f}"
+
+
+_RENDERERS: dict[str, Callable[[Result], str]] = {"compare": _compare, "startup": _startup}
+
+
+def fill(text: str, results: Path) -> str:
+    """`text` with every marked place filled from `results`. Raises `BenchError` for a place that cannot be."""
+
+    def table(match: re.Match[str]) -> str:
+        path = results / f"{match[2]}.json"
+        try:
+            result = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise BenchError(f"the README asks for bench:{match[2]}, but {path.name} is not there") from None
+        except ValueError as e:
+            raise BenchError(f"{path.name} is not valid JSON") from e
+        return f"{match[1]}{render(result)}\n{match[4]}"
+
+    if len(_OPEN.findall(text)) != len(_MARKED.findall(text)):
+        raise BenchError("a bench mark in the README has no <!-- /bench -->")
+    return _MARKED.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="fail if the README is out of date, write nothing")
+    p.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    p.add_argument("--results", type=Path, default=RESULTS)
+    args = p.parse_args(argv)
+    try:
+        before = args.readme.read_text(encoding="utf-8")
+        after = fill(before, args.results)
+    except (BenchError, OSError) as e:
+        say(f"error: {e}")
+        return 1
+    if before == after:
+        return 0
+    if args.check:
+        say(f"error: {args.readme.name} is out of date; run: python bench/tables.py")
+        return 1
+    args.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
