@@ -131,7 +131,9 @@ def draw(trace: dict[str, Any], out: Path, title: str) -> None:
     y = 36 + len(lanes) * (row + gap) + 12
     for k in range(6):
         x = left + k / 5 * width
-        parts.append(f'<text x="{x:.0f}" y="{y}" font-size="11" text-anchor="middle">{k / 5 * span / 1000:.0f} ms</text>')
+        parts.append(
+            f'<text x="{x:.0f}" y="{y}" font-size="11" text-anchor="middle">{k / 5 * span / 1000:.0f} ms</text>'
+        )
     parts.append("</svg>")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(parts) + "\n")
