@@ -104,6 +104,27 @@ def _startup(result: Result) -> str:
     return "\n".join([*lines, "", f"{_machine(result['machine'])}, {result['date'].split()[0]}."])
 
 
+def _overlap(result: Result) -> str:
+    lines = [
+        "| case | step | compute busy | link busy | disk busy | sum | step ÷ busiest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, case in result["cases"].items():
+        busy = " | ".join(f"{case['busy_s'][lane]:.3f} s" for lane in ("compute", "link", "disk"))
+        what = f"emulated device, link {case['link']}/s" if name == "emulated" else "CPU and disk"
+        lines.append(f"| {what} | {case['wall_s']:.3f} s | {busy} | {case['serial_s']:.3f} s | {case['ratio']:.2f} |")
+    where = f"{result['model']}, decode, batch 1; target {result['target_ratio']:.2f}. {_machine(result['machine'])}"
+    return "\n".join([*lines, "", f"{where}, {result['date'].split()[0]}."])
+
+
+def _disk(result: Result) -> str:
+    return (
+        f"Disk, direct, 1 MiB × 8, same file in turn: fio {result['fio'] / 1e9:.2f} GB/s, our reader "
+        f"{result['ours'] / 1e9:.2f} GB/s; median of {len(result['pairs'])} pairs' ratios {result['ratio']:.2f} "
+        f"(target {result['target_ratio']:.2f}), {result['date'].split()[0]}."
+    )
+
+
 def _machine(m: Result) -> str:
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['ram_bytes'] / GIB:.0f} GiB RAM, Linux {m['kernel'].split('-')[0]}, "
@@ -115,7 +136,12 @@ def _rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:.2f}" if tokens_per_s < 10 else f"{tokens_per_s:.1f}"
 
 
-_RENDERERS: dict[str, Callable[[Result], str]] = {"compare": _compare, "startup": _startup}
+_RENDERERS: dict[str, Callable[[Result], str]] = {
+    "compare": _compare,
+    "startup": _startup,
+    "overlap": _overlap,
+    "disk": _disk,
+}
 
 
 def fill(text: str, results: Path) -> str:

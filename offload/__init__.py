@@ -31,8 +31,8 @@ from tiers.errors import (
 )
 
 if TYPE_CHECKING:
+    from offload.hardware import Profile
     from offload.model import Conversation, Generation, Model
-    from offload.profile import Profile
 
 __version__ = "0.1.0"
 
@@ -78,7 +78,7 @@ def profile(model: str | Path | None = None, *, fresh: bool = False, **options: 
 
     config = RunConfig.of(options)
     from offload.engine import make_device
-    from offload.profile import profile as measured
+    from offload.hardware import profile as measured
     from offload.resolve import resolve
 
     return measured(resolve(model), make_device(config), fresh=fresh)

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,30 +183,33 @@ class Engine:
             self.steps.append(stats)
 
     @contextmanager
-    def _streamed(self, key: str, binder: Binder) -> Iterator[None]:
-        """Around the computation of a streamed block: wait for it, look ahead, bind; afterwards look ahead again."""
-        self._check()
-        with self._memory.compute.acquire(key) as lease:
-            self._memory.entered(key)
-            binder.bind(lease.slot)
-            try:
-                with self._traced(key):
-                    yield
-            finally:
-                binder.unbind()
-        self._memory.left()  # the slot just given back takes the next block
-        self._computed(key)
+    def _computing(self, name: str, stays: int, streamed: Mapping[str, Binder]) -> Iterator[None]:
+        """Around a layer's (or the head's) forward: its streamed blocks are leased, waited for and bound.
 
-    @contextmanager
-    def _pinned(self, key: str, nbytes: int) -> Iterator[None]:
-        """Around the computation of a block that stays: only the books."""
+        All are asked for before the first is waited for, and what comes next is asked for before that: the link
+        never waits for compute.
+        """
         self._check()
-        counters = self._memory.compute.counters
-        counters.needed += nbytes
-        counters.hit += nbytes
-        with self._traced(key):
-            yield
-        self._computed(key)
+        memory = self._memory
+        counters = memory.compute.counters
+        counters.needed += stays
+        counters.hit += stays
+        with ExitStack() as held:
+            leases = []
+            for key in streamed:
+                lease = memory.compute.request(key)
+                assert lease is not None
+                leases.append(held.enter_context(lease))
+            if streamed:
+                memory.entered(list(streamed))
+            for lease, binder in zip(leases, streamed.values(), strict=True):
+                binder.bind(lease.wait().slot)
+                held.callback(binder.unbind)
+            with self._traced(name):
+                yield
+        if streamed:
+            memory.left()  # the slots just given back take the next blocks
+        self._computed(name)
 
     @contextmanager
     def _traced(self, key: str) -> Iterator[None]:
@@ -234,17 +237,17 @@ class Engine:
         self._pins = [(Binder(self.hf, layout.rest), layout.rest.block.key)]
         modules = [(layer.module, layer.dense) for layer in layout.layers]
         if layout.head is not None:
-            modules.append((layout.head.specs[0].name.rpartition(".")[0], layout.head))
-        for name, laid_out in modules:
-            binder, block = Binder(self.hf, laid_out), laid_out.block
-            if block.key in gone:
-                around = functools.partial(self._streamed, block.key, binder)
-            else:
-                self._pins.append((binder, block.key))
-                around = functools.partial(self._pinned, block.key, block.nbytes)
+            modules.append((layout.head.specs[0].name.rpartition(".")[0], (layout.head,)))
+        for name, parts in modules:
+            binders = [(Binder(self.hf, part), part.block) for part in parts]
+            streamed = {block.key: binder for binder, block in binders if block.key in gone}
+            kept = [(binder, block) for binder, block in binders if block.key not in gone]
+            self._pins.extend((binder, block.key) for binder, block in kept)
+            stays = sum(block.nbytes for _, block in kept)
+            around = functools.partial(self._computing, parts[0].block.key, stays, streamed)
             self._wrap(self.hf.get_submodule(name), around)
         self._bytes_of = {
-            layer.dense.block.key: layer.dense.block.nbytes
+            layer.dense[0].block.key: sum(part.block.nbytes for part in layer.dense)
             + sum(e.block.nbytes for g in layer.experts for e in g.blocks)
             for layer in layout.layers
         }

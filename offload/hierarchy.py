@@ -6,7 +6,7 @@ link from the host's, which is fed from disk. `compute` is the one whose blocks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from offload.layout import LaidOut, ModelLayout
 from offload.plan import READERS, Plan, TierPlan, dense_blocks, expert_pools
@@ -115,15 +115,15 @@ class Hierarchy:
             if prefetcher is not None:
                 prefetcher.start()
 
-    def entered(self, key: str) -> None:
-        """A streamed block is leased and about to be computed on: look ahead."""
+    def entered(self, keys: Sequence[str]) -> None:
+        """Streamed blocks of one layer are leased and about to be computed on: look ahead."""
         assert self.prefetcher is not None
-        self.prefetcher.entered(key)
+        self.prefetcher.entered(keys)
         if self.host_prefetcher is not None:
-            self.host_prefetcher.passed(key)
+            self.host_prefetcher.passed(keys)
 
     def left(self) -> None:
-        """The block entered last has been given back."""
+        """The blocks entered last have been given back."""
         assert self.prefetcher is not None
         self.prefetcher.left()
 

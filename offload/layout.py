@@ -20,6 +20,7 @@ from offload.gather import Extent, Gather
 from tiers import PAGE, Block, ModelError, Segment
 
 DIRECT_MIN = 64 << 10  # shorter runs are cheaper through the bounce buffer than padded to pages
+PARTS = 4  # blocks of a layer's dense part: attention, gate, up and down are about equal in common shapes
 ALIGN = 64  # of tensors whose place in the slot is ours to choose: a cache line
 REST, HEAD = "rest", "head"
 
@@ -85,10 +86,13 @@ class ExpertGroup:
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """One decoder layer: its dense part and its experts, if any."""
+    """One decoder layer: its dense part, cut into blocks of about a quarter each, and its experts, if any.
+
+    Blocks smaller than a layer are streamed through smaller slots, which leaves more room for what stays.
+    """
 
     module: str
-    dense: LaidOut
+    dense: tuple[LaidOut, ...]
     experts: tuple[ExpertGroup, ...] = ()
 
 
@@ -125,7 +129,7 @@ class ModelLayout:
         """Every block."""
         yield self.rest.block
         for layer in self.layers:
-            yield layer.dense.block
+            yield from (part.block for part in layer.dense)
             for group in layer.experts:
                 yield from (e.block for e in group.blocks)
         if self.head is not None:
@@ -202,7 +206,7 @@ def lay_out_model(model: PreTrainedModel, found: dict[str, Gather], dtype: torch
             groups.append(
                 _expert_group(f"layer.{number}.{g}" if g else f"layer.{number}", full, experts, params, taken)
             )
-        layers.append(LayerLayout(module_name, lay_out(f"layer.{number}", take(module_name)), tuple(groups)))
+        layers.append(LayerLayout(module_name, _cut(f"layer.{number}", take(module_name)), tuple(groups)))
     if not layers:
         raise ModelError(f"{model.config.model_type}: transformers gives no decoder layers to stream; not supported")
     head_name = _name_of(model, model.get_output_embeddings())
@@ -218,6 +222,23 @@ def lay_out_model(model: PreTrainedModel, found: dict[str, Gather], dtype: torch
         len(head.specs) == 1 and t.gather.extents == params[head.specs[0].name][1].extents for t in tables
     )
     return ModelLayout(rest, tuple(layers), head, tuple(tables), dtype, tied)
+
+
+def _cut(key: str, params: Sequence[Param]) -> tuple[LaidOut, ...]:
+    """Lay `params` out in up to `PARTS` blocks of similar size, in the order in which they lie on disk."""
+    ordered = sorted(params, key=lambda p: [(e.file, e.offset) for e in p[1].extents[:1]])
+    sizes = [math.prod(g.shape) * d.itemsize for _, g, d in ordered]
+    target = -(-sum(sizes) // PARTS)
+    parts: list[list[Param]] = [[]]
+    held = 0
+    for param, size in zip(ordered, sizes, strict=True):
+        # close a part once it is nearer to its share without the next tensor than with it
+        if parts[-1] and len(parts) < PARTS and held + size - target > target - held:
+            parts.append([])
+            held = 0
+        parts[-1].append(param)
+        held += size
+    return tuple(lay_out(f"{key}.{i}" if i else key, part) for i, part in enumerate(parts))
 
 
 def _expert_group(

@@ -7,6 +7,7 @@ for what they will, and slots for weights. KV for the context and the temporarie
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -239,7 +240,7 @@ class _Weights:
     """
 
     always: tuple[Block, ...]
-    dense: tuple[Block, ...]
+    dense: tuple[tuple[Block, ...], ...]  # a layer's blocks are needed together
     experts: Mapping[int, Sequence[LaidOut]]
     least_experts: Mapping[int, int]
     passing: tuple[Block, ...] = ()
@@ -247,9 +248,9 @@ class _Weights:
     @classmethod
     def of(cls, layout: ModelLayout) -> _Weights:
         """The whole model."""
-        dense = [layer.dense.block for layer in layout.layers]
+        dense = [tuple(part.block for part in layer.dense) for layer in layout.layers]
         if layout.head is not None:
-            dense.append(layout.head.block)
+            dense.append((layout.head.block,))
         return cls((layout.rest.block,), tuple(dense), expert_pools(layout), _least_experts(layout))
 
     def below(self, above: TierPlan) -> _Weights:
@@ -257,10 +258,10 @@ class _Weights:
         stays = set(above.pinned)
         left = {size: e for size, e in self.experts.items() if above.experts[size].count < len(e)}
         gone = [e.block for size, es in self.experts.items() if size not in left for e in es]
-        passing = [b for b in (*self.always, *self.dense) if b.key in stays] + gone[:1]
-        return _Weights(
-            (), tuple(b for b in self.dense if b.key not in stays), left, self.least_experts, tuple(passing)
-        )
+        dense = tuple(b for layer in self.dense for b in layer)
+        passing = [b for b in (*self.always, *dense) if b.key in stays] + gone[:1]
+        rest = tuple(tuple(b for b in layer if b.key not in stays) for layer in self.dense)
+        return _Weights((), tuple(layer for layer in rest if layer), left, self.least_experts, tuple(passing))
 
     def place(self, room: _Room) -> TierPlan | None:
         """Pin as many dense blocks as fit, spread evenly, and stream the others; experts get what is left."""
@@ -270,23 +271,30 @@ class _Weights:
         resident0 = sum(b.nbytes for b in self.always) + sum(biggest[size] * n for size, n in least.items())
         floor = max((page_up(b.slot_nbytes) for b in self.passing), default=0)
 
-        def pinning(slots: int, streamed: int) -> tuple[list[str], PoolPlan | None, int, int]:
-            away = _spread(len(self.dense), streamed)
-            gone = [b for i, b in enumerate(self.dense) if i in away]
-            kept = [b for i, b in enumerate(self.dense) if i not in away]
-            slots = min(slots, streamed)
+        # the largest blocks are the last to be streamed: one of them would set the size of every slot
+        flat = [(layer, b) for layer, blocks in enumerate(self.dense) for b in blocks]
+        typical = 2 * sorted(b.slot_nbytes for _, b in flat)[len(flat) // 2] if flat else 0
+        order = [x for x in flat if x[1].slot_nbytes <= typical] + [x for x in flat if x[1].slot_nbytes > typical]
+        usual = sum(b.slot_nbytes <= typical for _, b in flat)
+
+        def pinning(ahead: int, streamed: int) -> tuple[list[str], PoolPlan | None, int, int]:
+            away = _spread(usual, min(streamed, usual)) | set(range(usual, max(usual, streamed)))
+            gone = [b for i, (_, b) in enumerate(order) if i in away]
+            kept = [b for i, (_, b) in enumerate(order) if i not in away]
+            layers = Counter(layer for i, (layer, _) in enumerate(order) if i in away)
+            slots = min(max(layers.values(), default=0) + ahead, streamed)
             slot = page_up(max((b.slot_nbytes for b in gone), default=0))
             arena = arena0 + sum(page_up(b.slot_nbytes) for b in kept) + slots * slot
             weights = resident0 + sum(b.nbytes for b in kept) + slots * max((b.nbytes for b in gone), default=0)
             return [b.key for b in kept], PoolPlan(slot, slots) if slots else None, max(arena, floor), weights
 
-        # two slots keep the link busy while one is computed on; one slot works, but then nothing overlaps
-        options = [pinning(slots, streamed) for slots in (2, 1) for streamed in range(len(self.dense) + 1)]
+        # slots beyond those of one layer keep the link busy while it is computed on; without them nothing overlaps
+        options = (pinning(ahead, streamed) for ahead in (2, 1, 0) for streamed in range(len(flat) + 1))
         chosen = next((o for o in options if room.fits(o[2], o[3])), None)
         if chosen is None:
             if not room.least:
                 return None
-            chosen = pinning(1, len(self.dense))
+            chosen = pinning(0, len(flat))
         pinned, stream, arena, weights = chosen
         experts: dict[int, PoolPlan] = {}
         for size, es in self.experts.items():
@@ -340,4 +348,4 @@ def _spread(n: int, k: int) -> set[int]:
 
 def dense_blocks(layout: ModelLayout) -> list[LaidOut]:
     """The layers' dense parts and the head, in order of use."""
-    return [layer.dense for layer in layout.layers] + ([layout.head] if layout.head is not None else [])
+    return [p for layer in layout.layers for p in layer.dense] + ([layout.head] if layout.head is not None else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from prefetch.schedule import CyclicSchedule
 from tiers import Residency
@@ -19,28 +20,30 @@ class Prefetcher:
         self._residency = residency
         self._schedule = schedule
         self._window = window
-        self._current: str | None = None
+        self._current = 0  # blocks leased by the layer being computed
         self._ahead: set[str] = set()
         self._clock = itertools.count()
 
-    def entered(self, key: str) -> None:
-        """The step has reached `key`, which is leased."""
-        self._schedule.used(key)
-        self._current = key
-        self._ahead.discard(key)
+    def entered(self, keys: Sequence[str]) -> None:
+        """The step has reached these blocks, which are leased together."""
+        self._use(keys)
+        self._current = len(keys)
         self._advance()
 
     def left(self) -> None:
-        """The block entered last has been given back: its slot may take another."""
-        self._current = None
+        """The blocks entered last have been given back: their slots may take others."""
+        self._current = 0
         self._advance()
 
-    def passed(self, key: str) -> None:
-        """`key` has gone on to the tier above, if this tier holds it at all: its slot may take another."""
-        if self._schedule.knows(key):
+    def passed(self, keys: Sequence[str]) -> None:
+        """Those of `keys` that this tier holds have gone on to the tier above: their slots may take others."""
+        self._use([k for k in keys if self._schedule.knows(k)])
+        self._advance()
+
+    def _use(self, keys: Sequence[str]) -> None:
+        for key in keys:
             self._schedule.used(key)
             self._ahead.discard(key)
-            self._advance()
 
     def start(self) -> None:
         """Begin before the first step."""
@@ -50,12 +53,12 @@ class Prefetcher:
         """A step was cut short: forget transfers under way and start from the first block."""
         self._residency.cancel_prefetches()
         self._schedule.restart()
-        self._current = None
+        self._current = 0
         self._ahead.clear()
 
     def _advance(self) -> None:
         for key in self._schedule.upcoming():
-            if len(self._ahead) + (self._current is not None) >= self._window:
+            if len(self._ahead) + self._current >= self._window:
                 break
             if key in self._ahead or self._residency.resident(key):
                 continue

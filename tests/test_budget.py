@@ -52,6 +52,25 @@ def test_peak_stays_under_the_budget(wide_dense: Path, extra: str) -> None:
     assert result["new_tokens"] == 24
 
 
+def test_an_emulated_device_stays_inside_ram_and_vram(wide_dense: Path) -> None:
+    """Everything goes from disk through RAM to the device; the process may take both budgets together."""
+    prompt = ",".join(str(4 + i % 150) for i in range(200))
+    common = ("--prompt-ids", prompt, "--max-new-tokens", "8", "--context", "512", "--device", "emulated")
+    least = {}
+    for flag, other in (("--vram", "--ram=4GiB"), ("--ram", "--vram=1GiB")):
+        refused = generate(wide_dense, *common, flag, "1MiB", other)
+        assert refused.returncode == 1
+        assert f"{flag} 1 MiB is too small" in refused.stderr
+        least[flag] = parse_size(refused.stderr.strip().rsplit(" ", 1)[1])
+    ram, vram = least["--ram"] + (16 << 20), least["--vram"] + (16 << 20)
+    run = generate(wide_dense, *common, "--ram", str(ram), "--vram", str(vram))
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["bytes_up"] > 0
+    assert result["bytes_read"] > 0
+    assert result["peak_rss_bytes"] <= ram + vram
+
+
 @contextlib.contextmanager
 def limited(nbytes: int) -> Iterator[Path]:
     group = CGROUP / f"offload-test-{os.getpid()}"

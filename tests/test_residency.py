@@ -598,7 +598,7 @@ def run_cycles(world: World, cycles: int) -> list[int]:
         before = world.disk.moved
         for key in world.cyclic:
             with world.residency.acquire(key):
-                prefetcher.entered(key)
+                prefetcher.entered([key])
             prefetcher.left()  # as the engine does: the slot just left takes the next block
             world.settle()
         moved.append((world.disk.moved - before) // BLOCK_MOVED)

@@ -1,7 +1,7 @@
 """How fast this machine is: disk, memory, link, compute. Measured, never assumed; seconds, not minutes.
 
 Every figure is the median of a few short readings, in bytes or operations per second. Nothing is cached here
-(`offload.profile` keeps results) and nothing is decided.
+(`offload.hardware` keeps results) and nothing is decided.
 """
 
 from __future__ import annotations
