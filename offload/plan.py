@@ -175,7 +175,7 @@ def make_plan(layout: ModelLayout, demand: Demand, budgets: Budgets) -> Plan:
             wider = min(2 * context, demand.max_context, MAX_DEFAULT_CONTEXT)
             more = sum(overhead(wider, chunk)) - sum(overhead(least_context, chunk))
             # KV is reserved whether used or not: while weights must be streamed it gets little of their room
-            if more > spare // 16 and spare - more < whole:
+            if more > spare or (more > spare // 16 and spare - more < whole):
                 break
             context = wider
     kv, activations = overhead(context, chunk)
@@ -259,7 +259,7 @@ class _Weights:
         left = {size: e for size, e in self.experts.items() if above.experts[size].count < len(e)}
         gone = [e.block for size, es in self.experts.items() if size not in left for e in es]
         dense = tuple(b for layer in self.dense for b in layer)
-        passing = [b for b in (*self.always, *dense) if b.key in stays] + gone[:1]
+        passing = [b for b in (*self.always, *dense) if b.key in stays] + gone
         rest = tuple(tuple(b for b in layer if b.key not in stays) for layer in self.dense)
         return _Weights((), tuple(layer for layer in rest if layer), left, self.least_experts, tuple(passing))
 
@@ -289,7 +289,8 @@ class _Weights:
             return [b.key for b in kept], PoolPlan(slot, slots) if slots else None, max(arena, floor), weights
 
         # slots beyond those of one layer keep the link busy while it is computed on; without them nothing overlaps
-        options = (pinning(ahead, streamed) for ahead in (2, 1, 0) for streamed in range(len(flat) + 1))
+        most = 2 if any(len(blocks) > 1 for blocks in self.dense) else 1  # parts of layers, or whole ones
+        options = (pinning(ahead, n) for ahead in range(most, -1, -1) for n in range(len(flat) + 1))
         chosen = next((o for o in options if room.fits(o[2], o[3])), None)
         if chosen is None:
             if not room.least:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+from decimal import Decimal
 
 from tiers import UsageError
 
@@ -13,33 +13,39 @@ _UNITS = {
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
+_LARGEST = 1 << 60
+_NUMBER = r"([0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})"
+_SIZE = re.compile(rf" *{_NUMBER} *([A-Za-z]*) *")
+_PERCENT = re.compile(rf" *{_NUMBER} *% *")
 
 
 def parse_size(text: str | int, *, of: int | None = None, flag: str = "size") -> int:
     """Bytes meant by `text`; `of` is what a percentage refers to. Raises `UsageError`, naming `flag`."""
     if isinstance(text, bool) or not isinstance(text, (str, int)):
         raise UsageError(f"{flag}: {text!r} is not a size; write for example 8GiB")
-    text = str(text)
-    if text.strip().endswith("%"):
-        if of is None:
-            raise UsageError(f"{flag}: a percentage is not possible here; write for example 8GiB")
-        try:
-            share = float(text.strip()[:-1])
-        except ValueError:
-            share = math.nan
-        if not 0 < share <= 100:
-            raise UsageError(f"{flag}: {text} is not a percentage above 0 and up to 100")
-        return max(1, int(of * share / 100))
-    match = _SIZE.fullmatch(text)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise UsageError(f"{flag}: {text!r} is not a size; write for example 8GiB, 500MB or 50%")
-    size = int(float(match[1]) * unit)
+    if isinstance(text, int):
+        shown, size = (str(text) if abs(text) < _LARGEST else "the size"), text
+    else:
+        shown = repr(text if len(text) < 60 else text[:56] + "...")
+        percent = _PERCENT.fullmatch(text)
+        if percent is not None:
+            if of is None:
+                raise UsageError(f"{flag}: a percentage is not possible here; write for example 8GiB")
+            share = Decimal(percent[1])
+            if not 0 < share <= 100:
+                raise UsageError(f"{flag}: {shown} is not a percentage above 0 and up to 100")
+            return max(1, int(of * share / 100))
+        if text.strip().endswith("%"):
+            raise UsageError(f"{flag}: {shown} is not a percentage above 0 and up to 100")
+        match = _SIZE.fullmatch(text)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise UsageError(f"{flag}: {shown} is not a size; write for example 8GiB, 500MB or 50%")
+        size = int(Decimal(match[1]) * unit)
     if size <= 0:
-        raise UsageError(f"{flag}: {text} is not above zero")
-    if size >= 1 << 60:
-        raise UsageError(f"{flag}: {text} is larger than any machine")
+        raise UsageError(f"{flag}: {shown} is not above zero")
+    if size >= _LARGEST:
+        raise UsageError(f"{flag}: {shown} is larger than any machine")
     return size
 
 

@@ -229,8 +229,8 @@ class TransferQueue:
             try:
                 if self._link.ready(ticket, ticket._pieces[0]):
                     return ticket, ticket._pieces.popleft()
-            except OffloadError as e:
-                ticket.error = e
+            except Exception as e:
+                ticket.error = _as_error(ticket, e)
                 ticket._pieces.clear()
                 if not ticket._running:
                     self._finish(ticket, False)
@@ -239,8 +239,8 @@ class TransferQueue:
     def _finish(self, ticket: Ticket, whole: bool) -> None:
         try:
             self._link.finish(ticket, whole)
-        except OffloadError as e:
-            ticket.error = ticket.error or e
+        except Exception as e:  # whatever it is, the ticket ends
+            ticket.error = ticket.error or _as_error(ticket, e)
         ticket.finished = time.perf_counter()
         if self._trace is not None and ticket.started:
             self._trace.transfer(self._link.name, ticket)
@@ -269,10 +269,8 @@ class TransferQueue:
                     fence.synchronize()  # a slot is reused only after the compute that read it
                     ticket.slot.fence = None
                 moved = self._link.move(ticket, piece)
-            except OffloadError as e:
-                error = e
             except Exception as e:  # a worker must never die with a ticket in its hands
-                error = ReadError(f"reading block {ticket.key} failed: {type(e).__name__}: {e}")
+                error = _as_error(ticket, e)
             with self._cond:
                 ticket._running.remove(piece)
                 ticket.nbytes += moved
@@ -285,3 +283,8 @@ class TransferQueue:
                     ticket._pieces.clear()
                 if not ticket._pieces and not ticket._running and not ticket.done:
                     self._finish(ticket, ticket.error is None and not ticket.cancelled)
+
+
+def _as_error(ticket: Ticket, e: Exception) -> OffloadError:
+    """What waiters are told."""
+    return e if isinstance(e, OffloadError) else ReadError(f"block {ticket.key} failed: {type(e).__name__}: {e}")
