@@ -43,9 +43,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     index = folder / INDEX
     if index.is_file():
         wanted = _weight_map(index)
-        files = tuple(folder / name for name in sorted(set(wanted.values())))
+        names = sorted(set(wanted.values()))
     elif (folder / SINGLE).is_file():
-        wanted, files = None, (folder / SINGLE,)
+        wanted, names = None, [SINGLE]
     else:
         shards = sorted(p.name for p in folder.glob("*.safetensors"))
         if shards:
@@ -57,22 +57,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 "convert them to safetensors first"
             )
         raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}")
+    files = tuple(folder / name for name in names)
     tensors: dict[str, Gather] = {}
-    for number, path in enumerate(files):
+    for number, (file, path) in enumerate(zip(names, files, strict=True)):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, though {INDEX} names it; download the model again")
         for name, tensor in _read_header(path, number).items():
-            if wanted is None or wanted.get(name) == path.name or (wanted.get(name) or "") == _rel(path, folder):
+            if wanted is None or wanted.get(name) == file:
                 tensors[name] = tensor
     if wanted is not None:
         absent = sorted(set(wanted) - set(tensors))
         if absent:
             raise CheckpointError(f"{folder / wanted[absent[0]]} lacks tensor {absent[0]}, which {INDEX} says it has")
     return Checkpoint(files, tensors)
-
-
-def _rel(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -86,11 +83,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file:
+        if not isinstance(file, str) or not file or any("\ud800" <= c <= "\udfff" for c in file):
             raise CheckpointError(f"{index}: the file of {name} is not a name")
         pure = PurePosixPath(file)
         if pure.is_absolute() or ".." in pure.parts or "\\" in file or "\0" in file:
             raise CheckpointError(f"{index}: {file!r} points outside the model's folder")
+        if any(len(os.fsencode(part)) > 255 for part in pure.parts) or len(file) > 1000:
+            raise CheckpointError(f"{index}: {file!r} is no file's name")
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{index}: {file!r} is not a .safetensors file")
     return weight_map
@@ -151,6 +150,10 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], i
     items = 1
     for n in shape:
         items *= n
+        if items >= 1 << 60:
+            raise CheckpointError(
+                f"{path}: tensor {name} claims more elements than any file holds; the file is damaged"
+            )
     if begin > end or end - begin != items * dtype.itemsize:
         raise CheckpointError(
             f"{path}: tensor {name} spans {end - begin} bytes, its shape {shape} of {code} needs "

@@ -73,7 +73,10 @@ class Engine:
         checkpoint = read_checkpoint(folder)
         dtype = hf.compute_dtype(self.hf_config, config.dtype)
         self.hf = hf.build_skeleton(self.hf_config, dtype)
-        found = plan_cache.traced(folder, checkpoint, self.hf_config, lambda: hf.trace(self.hf, checkpoint.tensors))
+        expected = {name: t.shape for name, t in self.hf.state_dict().items()}
+        found = plan_cache.traced(
+            folder, checkpoint, self.hf_config, expected, lambda: hf.trace(self.hf, checkpoint.tensors)
+        )
         self.layout: ModelLayout = lay_out_model(self.hf, found, dtype)
         eager = hf.uses_eager_attention(self.hf)
         self.device = make_device(config)

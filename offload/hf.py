@@ -49,12 +49,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
     if not isinstance(raw, dict):
         raise ModelError(f"{path} is not a JSON object")
     kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(f"{path}: model type {kind!r} is not known to transformers {transformers.__version__}")
+    if not isinstance(raw.get("architectures") or [], list):
+        raise ModelError(f"{path}: architectures is not a list")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # the library raises many kinds for a config it cannot use
         if raw.get("auto_map"):
             raise ModelError(f"{path}: model type {kind!r} needs code from the model's folder, which is not run") from e
-        if kind is None or kind not in transformers.CONFIG_MAPPING:
+        if kind not in transformers.CONFIG_MAPPING:
             raise ModelError(
                 f"{path}: model type {kind!r} is not known to transformers {transformers.__version__}"
             ) from e
@@ -131,7 +135,13 @@ def trace(model: PreTrainedModel, tensors: dict[str, Gather]) -> dict[str, Gathe
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     collected: dict[str, WeightRenaming | WeightConverter] = {}
     unexpected: list[str] = []
-    for key in sorted(tensors, key=dot_natural_key):
+    try:
+        ordered = sorted(tensors, key=dot_natural_key)
+    except ValueError as e:  # digits that are no number
+        raise CheckpointError(
+            f"a tensor name in model.safetensors or its index is not one a model has: {_one_line(e)}"
+        ) from e
+    for key in ordered:
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
         if name not in expected and key in expected:
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, expected)
@@ -167,9 +177,8 @@ def trace(model: PreTrainedModel, tensors: dict[str, Gather]) -> dict[str, Gathe
             raise CheckpointError(
                 f"{name} has shape {list(gather.shape)} in the checkpoint, the config asks for {list(meta.shape)}"
             )
-        if (
-            gather.dtype.is_floating_point != meta.dtype.is_floating_point
-            or gather.dtype.itemsize < 2 < meta.dtype.itemsize
+        if gather.dtype.is_floating_point != meta.dtype.is_floating_point or (
+            gather.dtype.is_floating_point and gather.dtype.itemsize == 1
         ):
             raise CheckpointError(f"{name} is stored as {gather.dtype}, which cannot be computed in as {meta.dtype}")
     return found

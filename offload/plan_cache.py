@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -36,12 +36,16 @@ def cache_folder() -> Path:
 
 
 def traced(
-    folder: Path, checkpoint: Checkpoint, config: PreTrainedConfig, trace: Callable[[], dict[str, Gather]]
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    expected: Mapping[str, torch.Size],
+    trace: Callable[[], dict[str, Gather]],
 ) -> dict[str, Gather]:
-    """The result of `trace()`, from the cache if it is there and fits."""
+    """The result of `trace()`, from the cache if it is there and fits the model's `expected` names and shapes."""
     path = cache_folder() / "plans" / f"{_key(folder, checkpoint, config)}.z"
     known = _load(path, checkpoint)
-    if known is None:
+    if known is None or {name: g.shape for name, g in known.items()} != dict(expected):
         known = trace()
         with contextlib.suppress(OSError):  # a read-only home is no reason to fail
             _save(path, known)
@@ -54,7 +58,7 @@ def _key(folder: Path, checkpoint: Checkpoint, config: PreTrainedConfig) -> str:
     h.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     for file in checkpoint.files:
         s = file.stat()
-        h.update(json.dumps([file.name, s.st_size, s.st_mtime_ns]).encode())
+        h.update(json.dumps([file.name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]).encode())
     return h.hexdigest()[:32]
 
 
@@ -90,11 +94,11 @@ def _load(path: Path, checkpoint: Checkpoint) -> dict[str, Gather] | None:
         for name, (dtype, shape, extents) in data.items():
             gather = Gather(shape, getattr(torch, dtype), [Extent(*map(int, e)) for e in extents])
             inside = all(
-                e.offset >= 0 and e.nbytes >= 0 and e.offset + e.nbytes <= sizes[e.file] for e in gather.extents
+                min(e.file, e.offset, e.nbytes) >= 0 and e.offset + e.nbytes <= sizes[e.file] for e in gather.extents
             )
             if not inside or sum(e.nbytes for e in gather.extents) != math.prod(shape) * gather.dtype.itemsize:
                 return None
             found[name] = gather
         return found
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, zlib.error):
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, zlib.error):
         return None

@@ -606,7 +606,7 @@ def test_what_a_family_keeps_in_float32_stays_there(tmp_path: Path) -> None:
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     with running(tmp_path, dtype="bfloat16") as engine, torch.inference_mode():
         engine.step(Sequences(engine.new_cache(32)), IDS)
-        mine = {s.name: s.dtype for layer in engine.layout.layers for s in layer.dense.specs}
+        mine = {s.name: s.dtype for layer in engine.layout.layers for part in layer.dense for s in part.specs}
     bias = [n for n in mine if n.endswith("e_score_correction_bias")]
     assert bias
     theirs = stock.state_dict()

@@ -408,7 +408,9 @@ def test_a_context_beyond_the_model_is_refused() -> None:
 
 def test_weight_bytes_count_a_tied_head_once() -> None:
     table = Table("embed", Gather([100, 8], torch.float32, [Extent(0, 0, 3200)]), torch.bfloat16)
-    layers = (LayerLayout("l", (laid_out("layer.0", 1000),), (ExpertGroup("e", 1, (laid_out("layer.0.expert.0", 50),)),)),)
+    layers = (
+        LayerLayout("l", (laid_out("layer.0", 1000),), (ExpertGroup("e", 1, (laid_out("layer.0.expert.0", 50),)),)),
+    )
     rest, head = laid_out("rest", 10), laid_out("head", 1600)
     assert ModelLayout(rest, layers, None, (table,), torch.bfloat16).weight_bytes == 10 + 1050 + 1600
     assert ModelLayout(rest, layers, head, (table,), torch.bfloat16).weight_bytes == 10 + 1050 + 3200
@@ -429,7 +431,8 @@ def test_the_host_has_room_for_whatever_passes_through_it() -> None:
     """Experts of several sizes that all stay on the device: the largest must fit, not the first."""
     experts = [tuple(laid_out(f"layer.{i}.expert.{e}", n) for e in range(2)) for i, n in enumerate((PAGE, 100 * PAGE))]
     layers = tuple(
-        LayerLayout(f"l{i}", (laid_out(f"layer.{i}", PAGE),), (ExpertGroup(f"l{i}.mlp", 1, experts[i]),)) for i in range(2)
+        LayerLayout(f"l{i}", (laid_out(f"layer.{i}", PAGE),), (ExpertGroup(f"l{i}.mlp", 1, experts[i]),))
+        for i in range(2)
     )
     layout = ModelLayout(laid_out("rest", PAGE), layers, None, (), torch.float32)
     check(make_plan(layout, FLAT, DEVICE), layout, FLAT, DEVICE)

@@ -13,11 +13,22 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE = 600
+
 
 class OffloadError(Exception):
-    """Root of all errors raised on purpose. `exit_code` is what the command line returns for it."""
+    """Root of all errors raised on purpose. `exit_code` is what the command line returns for it.
+
+    The message is one line of bounded length whatever it quotes: names come from files that nobody vouches for.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+        if len(line) > MAX_MESSAGE:
+            line = f"{line[: MAX_MESSAGE // 2]} … {line[-MAX_MESSAGE // 2 :]}"
+        super().__init__(line)
 
 
 class UsageError(OffloadError):
