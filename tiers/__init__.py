@@ -15,7 +15,7 @@ from tiers.errors import (
     ReadError,
     UsageError,
 )
-from tiers.policy import LRU, EvictionPolicy, NextUse
+from tiers.policy import LFU, LRU, EvictionPolicy, NextUse
 from tiers.queue import Cause, Ticket, TransferQueue
 from tiers.reader import CHUNK, BlockReader, DirectReader, Piece
 from tiers.residency import Counters, Lease, Residency
@@ -23,7 +23,7 @@ from tiers.trace import Trace
 from tiers.uplink import UpLink
 
 __all__ = [
-    "CHUNK", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause", "CheckpointError", "Codec",
+    "CHUNK", "LFU", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause", "CheckpointError", "Codec",
     "Counters", "CpuDevice", "CudaDevice", "Device", "DirectReader", "EmulatedDevice", "EvictionPolicy",
     "Interrupted", "Lease", "ModelError", "NextUse", "OffloadError", "Piece", "Pool", "ReadError", "Residency",
     "Segment", "Slot", "Ticket", "Trace", "TransferQueue", "UpLink", "UsageError", "page_down", "page_up",

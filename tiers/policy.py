@@ -1,14 +1,14 @@
 """Eviction policies: which resident block gives up its slot.
 
-The seam has two implementations: `LRU` for what is chosen at run time (experts), `NextUse` for what follows a
-known cyclic schedule (dense layers), where LRU hits nothing and Belady's choice is known exactly
+The seam has three implementations: `LRU` and `LFU` for what is chosen at run time (experts), `NextUse` for what follows
+a known cyclic schedule (dense layers), where LRU hits nothing and Belady's choice is known exactly
 (Belady 1966, "A study of replacement algorithms for a virtual-storage computer").
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 
@@ -34,6 +34,10 @@ class LRU:
     def __init__(self) -> None:
         self._order: OrderedDict[str, None] = OrderedDict()
 
+    def __iter__(self) -> Iterator[str]:
+        """Oldest first."""
+        return iter(self._order)
+
     def touched(self, key: str) -> None:
         """Move to the young end."""
         self._order[key] = None
@@ -46,6 +50,28 @@ class LRU:
     def victim(self, evictable: Callable[[str], bool], incoming: str) -> str | None:
         """The oldest evictable block."""
         return next((k for k in self._order if evictable(k)), None)
+
+
+class LFU:
+    """Least frequently used goes first, the longer unused among equals. Counts are forgotten with the block."""
+
+    def __init__(self) -> None:
+        self._uses: dict[str, int] = {}
+        self._order = LRU()
+
+    def touched(self, key: str) -> None:
+        """Count the use."""
+        self._uses[key] = self._uses.get(key, 0) + 1
+        self._order.touched(key)
+
+    def removed(self, key: str) -> None:
+        """Forget it."""
+        self._uses.pop(key, None)
+        self._order.removed(key)
+
+    def victim(self, evictable: Callable[[str], bool], incoming: str) -> str | None:
+        """The evictable block used least."""
+        return min(filter(evictable, self._order), key=self._uses.__getitem__, default=None)
 
 
 class NextUse:
