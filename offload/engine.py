@@ -63,6 +63,8 @@ class Engine:
 
     def __init__(self, folder: Path, config: RunConfig, progress: Progress | None = None) -> None:
         began = time.perf_counter()
+        if config.trace is not None and not Path(config.trace).absolute().parent.is_dir():
+            raise UsageError(f"--trace {config.trace}: there is no such folder")
         self.folder = folder
         self.config = config
         self.interrupt = threading.Event()
@@ -163,7 +165,10 @@ class Engine:
         self._memory.close()
         self._reader.close()
         if self.trace is not None and self.config.trace is not None:
-            self.trace.write(Path(self.config.trace))
+            try:
+                self.trace.write(Path(self.config.trace).absolute())
+            except OSError as e:
+                raise OffloadError(f"--trace {self.config.trace}: {e.strerror}") from e
 
     # one pass, layer by layer
 

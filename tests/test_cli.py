@@ -80,6 +80,12 @@ def test_help_needs_no_heavy_import() -> None:
         (["generate", "no-such-model", "-p", "x"], 1, "no-such-model"),
         (["generate", "some-org/no-such-model", "-p", "x"], 1, "some-org/no-such-model"),
         (["chat", "{m}"], 1, "no tokenizer"),
+        (["generate", "{m}", "--prompt-ids", "5", "--trace", "/nowhere/at/all/t.json"], 2, "--trace"),
+        (["generate", "{m}", "--prompt-ids", "5", "--device", "emulated"], 2, "--vram"),
+        (["generate", "{m}", "--prompt-ids", "5", "--vram", "1GiB", "--device", "cpu"], 2, "--vram"),
+        (["generate", "{m}", "--prompt-ids", "5", "--device", "emulated", "--vram", "10KiB"], 1, "the smallest that works"),
+        (["generate", "{m}", "--prompt-ids", "5", "--device", "emulated", "--vram", "1GiB", "--link", "fast"], 2, "--link"),
+        (["profile", "/nowhere/at/all"], 1, "/nowhere/at/all"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line(
