@@ -253,7 +253,7 @@ class Engine:
             self._pins.extend((binder, block.key) for binder, block in kept)
             stays = sum(block.nbytes for _, block in kept)
             around = functools.partial(self._computing, parts[0].block.key, stays, streamed)
-            self._wrap(self.hf.get_submodule(name), around)
+            self._wrap(self.hf.get_submodule(name), around, is_head=parts[0] is layout.head)
         self._bytes_of = {
             layer.dense[0].block.key: sum(part.block.nbytes for part in layer.dense)
             + sum(e.block.nbytes for g in layer.experts for e in g.blocks)
@@ -281,11 +281,14 @@ class Engine:
 
         return LayerExperts(self._memory.compute, [e.block.key for e in group.blocks], views, lookahead=READERS)
 
-    def _wrap(self, module: nn.Module, around: Callable[[], Any]) -> None:
+    def _wrap(self, module: nn.Module, around: Callable[[], Any], *, is_head: bool) -> None:
         forward = module.forward
 
         @functools.wraps(forward)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if is_head and args:
+                # the last row, sliced out of a prompt's, has strides that make torch copy the whole weight first
+                args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
             with around():
                 return forward(*args, **kwargs)
 

@@ -40,6 +40,16 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that is nearly all vocabulary: an output head of 160 MB."""
+    from families import build
+
+    folder = tmp_path_factory.mktemp("wide-head")
+    build("llama", hidden_size=512, vocab_size=80_000, num_hidden_layers=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def wide_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense checkpoint of some 200 MB, large enough for memory figures to mean something."""
     from families import build

@@ -52,6 +52,15 @@ def test_peak_stays_under_the_budget(wide_dense: Path, extra: str) -> None:
     assert result["new_tokens"] == 24
 
 
+def test_a_large_head_is_never_copied(wide_head: Path) -> None:
+    """torch copies a weight that is multiplied with a sliced row: for a head that would be the whole reserve."""
+    ram = parse_size(smallest(wide_head, "--context", "256"))
+    run = generate(wide_head, "--prompt-ids", ",".join(["5"] * 40), "--max-new-tokens", "4", "--ram", str(ram),
+                   "--context", "256")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["peak_rss_bytes"] <= ram
+
+
 def test_an_emulated_device_stays_inside_ram_and_vram(wide_dense: Path) -> None:
     """Everything goes from disk through RAM to the device; the process may take both budgets together."""
     prompt = ",".join(str(4 + i % 150) for i in range(200))
