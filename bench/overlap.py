@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--link", default="2GB", help="rate of the emulated link; two cores share copies and compute")
     parser.add_argument("--vram", default="5400MB", help="emulated device memory")
-    parser.add_argument("--resident", default="95%", help="weights kept in memory for the CPU and disk case")
+    parser.add_argument("--resident", default="84%", help="weights kept in memory for the CPU and disk case")
     parser.add_argument("--svg", type=Path, help="draw two steps of the emulated case")
     parser.add_argument("--out", type=Path, default=RESULTS / "overlap.json")
     args = parser.parse_args()

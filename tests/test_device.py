@@ -317,3 +317,4 @@ def test_busy_time_counts_overlaps_once() -> None:
     t.slice("disk", "x", 0, 100)
     assert t.busy("link", 0, 10) == 4
     assert t.busy("link", 2.5, 5.5) == 1
+    assert t.busy("link", 3.5, 4.5) == 0, "slices before and after do not count"

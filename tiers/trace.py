@@ -39,7 +39,8 @@ class Trace:
 
     def busy(self, lane: str, start: float, stop: float) -> float:
         """Seconds between `start` and `stop` in which the lane had at least one slice."""
-        spans = sorted((max(a, start), min(b, stop)) for where, _, a, b, _ in list(self.slices) if where == lane)
+        inside = (x for x in list(self.slices) if x[0] == lane and x[2] < stop and x[3] > start)
+        spans = sorted((max(a, start), min(b, stop)) for _, _, a, b, _ in inside)
         total, reached = 0.0, start
         for a, b in spans:
             if b > reached:
