@@ -284,13 +284,7 @@ class Shape:
         c = config.get_text_config(decoder=True)
 
         def first(*names: str, default: int = 0) -> int:
-            for n in names:
-                v = getattr(c, n, None)
-                if isinstance(v, (list, tuple)) and v and all(isinstance(x, int) for x in v):
-                    v = max(v)
-                if isinstance(v, int) and not isinstance(v, bool) and v > 0:
-                    return v
-            return default
+            return next((v for n in names if (v := _largest(c, n)) > 0), default)
 
         hidden = first("hidden_size", "n_embd", "d_model", default=1)
         heads = first("num_attention_heads", "n_head", default=1)
@@ -306,23 +300,44 @@ class Shape:
         )  # fmt: skip
 
 
-def kv_bytes(config: PreTrainedConfig, tokens: int, itemsize: int) -> int:
-    """Bytes the cache of one sequence of `tokens` takes at most, over all layers: full, sliding and recurrent."""
+def _largest(config: Any, name: str) -> int:
+    """The largest value an integer field has over the layers (some families vary it); 0 if there is none."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # transformers refuses to name one value for what varies per layer
+        value = [getattr(layer, name, None) for layer in config.per_layer_config]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return max((v for v in values if isinstance(v, int) and not isinstance(v, bool)), default=0)
+
+
+def kv_bytes(config: PreTrainedConfig, tokens: int, itemsize: int, max_chunk: int = 2048) -> int:
+    """Bytes the cache of one sequence of `tokens` takes at most, over all layers: full, sliding and recurrent.
+
+    `max_chunk` bounds the new tokens of one pass.
+    """
     c = config.get_text_config(decoder=True)
     shape = Shape.of(config)
-    heads = getattr(c, "num_key_value_heads", None)
-    heads = max(heads) if isinstance(heads, (list, tuple)) else heads or shape.heads
+    heads = _largest(c, "num_key_value_heads") or shape.heads
     per_token = heads * 2 * shape.head_dim * itemsize
-    if latent := getattr(c, "kv_lora_rank", None):
-        per_token = (latent + getattr(c, "qk_rope_head_dim", 0)) * itemsize  # MLA caches the compressed latents
-    per_head_state = getattr(c, "linear_key_head_dim", 0) * getattr(c, "linear_value_head_dim", 0)
-    heads_state = getattr(c, "linear_num_value_heads", 0) * per_head_state
-    recurrent = 4 * max(shape.state, heads_state, 16 * shape.hidden) + 16 * shape.hidden * itemsize
+    if latent := _largest(c, "kv_lora_rank"):
+        per_token = (latent + _largest(c, "qk_rope_head_dim")) * itemsize  # MLA caches the compressed latents
+    # recurrent layers: a state in float32 and the inputs of a short convolution
+    keys, values = _largest(c, "linear_key_head_dim"), _largest(c, "linear_value_head_dim")
+    key_heads, value_heads = _largest(c, "linear_num_key_heads"), _largest(c, "linear_num_value_heads")
+    width = max(_largest(c, "ssm_state_size"), _largest(c, "mamba_d_state"), _largest(c, "state_size"))
+    mamba_heads = max(_largest(c, "mamba_num_heads"), _largest(c, "mamba_n_heads"))
+    inner = mamba_heads * max(_largest(c, "mamba_head_dim"), _largest(c, "mamba_d_head"))
+    groups = max(1, _largest(c, "n_groups"), _largest(c, "mamba_n_groups"))
+    state = max(shape.state, value_heads * keys * values, inner * width, 16 * shape.hidden)
+    channels = max(4 * shape.hidden, 2 * key_heads * keys + value_heads * values, inner + 2 * groups * width)
+    kernel = max(4, _largest(c, "conv_kernel"), _largest(c, "mamba_d_conv"), _largest(c, "linear_conv_kernel_dim"))
+    recurrent = 4 * state + kernel * channels * itemsize
     total = 0
     for kind, kwargs in zip(*get_layer_types_and_kwargs(c), strict=True):
         window = kwargs.get("sliding_window")
         if kind not in ("conv", "linear_attention", "dummy"):
-            total += per_token * (min(tokens, window) if window else tokens)
+            # what a sliding layer holds is a view of the last concatenation: its window and the newest chunk
+            total += per_token * (min(tokens, window + max_chunk) if window else tokens)
         if kind not in ("full_attention", "sliding_attention", "chunked_attention", "dummy"):
             total += recurrent
     return total
