@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import random
 import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from offload import hf
 from offload.checkpoint import INDEX, MAX_HEADER, SINGLE, read_checkpoint
 from offload.config import RunConfig
+from offload.embedding import RowReader
 from offload.engine import Engine, Sequences
-from tiers import CheckpointError, ModelError, OffloadError
+from offload.gather import Extent, Gather
+from offload.layout import Table, lay_out
+from tiers import (
+    PAGE,
+    Arena,
+    CheckpointError,
+    DirectReader,
+    ModelError,
+    OffloadError,
+    TransferQueue,
+    page_up,
+)
 
 Header = dict[str, Any]
 IDS = torch.arange(4, 17).view(1, -1)
@@ -648,6 +663,129 @@ def test_tensors_of_no_size_are_read_over(folder: Path) -> None:
     want = oracle(folder)
     with_tensors(layers__0__self_attn__rotary_emb__inv_freq=torch.ones(0))(folder)
     assert torch.equal(logits(folder), want)
+
+
+# the layout
+
+BYTES = random.Random(5).randbytes(700_000)
+
+
+@pytest.fixture(scope="module")
+def two_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("bytes")
+    paths = [folder / "a.bin", folder / "b.bin"]
+    paths[0].write_bytes(BYTES)
+    paths[1].write_bytes(BYTES[::-1])
+    return paths
+
+
+@st.composite
+def stored_params(draw: st.DrawFn) -> list[tuple[str, Gather, torch.dtype]]:
+    """Parameters as they lie in files: in runs or apart, aligned or not, whole or in pieces, to be cast or not."""
+    params = []
+    end = [8 * draw(st.integers(1, 600)) + draw(st.sampled_from([0, 0, 0, 3])) for _ in range(2)]
+    for i in range(draw(st.integers(1, 12))):
+        dtype, compute = draw(st.sampled_from([
+            (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.int64, torch.int64),
+            (torch.float32, torch.float32), (torch.uint8, torch.uint8), (torch.float32, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+        ]))  # fmt: skip
+        items = draw(st.one_of(st.integers(1, 300), st.integers(8_000, 30_000)))
+        pieces = draw(st.sampled_from([1, 1, 1, 1, 1, 1, 2, 3]))
+        extents = []
+        for _ in range(pieces):
+            file = draw(st.integers(0, 1))
+            gap = draw(st.sampled_from([0, 0, 0, 1, 8, 3000, 5000, 12_000]))
+            n = items * dtype.itemsize
+            if end[file] + gap + n > len(BYTES):
+                return params or [("p", Gather([8], torch.uint8, [Extent(0, 16, 8)]), torch.uint8)]
+            extents.append(Extent(file, end[file] + gap, n))
+            end[file] += gap + n
+        params.append((f"p{i}", Gather([pieces, items], dtype, extents), compute))
+    return draw(st.permutations(params))
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(params=stored_params(), data=st.data())
+def test_a_block_holds_its_tensors_whatever_order_they_arrive_in(
+    params: list[tuple[str, Gather, torch.dtype]], data: st.DataObject, two_files: list[Path]
+) -> None:
+    laid_out = lay_out("block", params)
+    block, specs = laid_out.block, laid_out.specs
+    assert sorted(s.name for s in specs) == sorted(n for n, _, _ in params)
+    # no tensor lies in another's bytes, nor in the pages that a direct read fills beside its own
+    spans = sorted((s.dst, s.dst + s.nbytes, s.name) for s in specs)
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    assert max((s[1] for s in spans), default=0) <= block.slot_nbytes
+    assert block.nbytes == sum(s.nbytes for s in specs)
+    assert block.stored_nbytes < sum(g.nbytes for _, g, _ in params) + PAGE * len(params), "gaps are not worth reading"
+    slot = Arena(page_up(block.slot_nbytes)).allocate(block.slot_nbytes)
+    reader = DirectReader(two_files)
+    try:
+        pieces = [p for s in block.segments for p in reader.split(s, slot)]
+        assert [p.dst for p in pieces] == sorted(p.dst for p in pieces), "what comes first lies first (`arrived`)"
+        for piece in data.draw(st.permutations(pieces)):
+            reader.read(piece, slot)
+    finally:
+        reader.close()
+    contents = [BYTES, BYTES[::-1]]
+    by_name = {n: (g, d) for n, g, d in params}
+    for spec in specs:
+        gather, dtype = by_name[spec.name]
+        assert (spec.dtype, spec.shape) == (dtype, tuple(gather.shape))
+        raw = b"".join(contents[e.file][e.offset : e.offset + e.nbytes] for e in gather.extents)
+        want = torch.frombuffer(bytearray(raw), dtype=gather.dtype).to(dtype)
+        got = spec.view(slot.tensor)
+        assert got.data_ptr() % dtype.itemsize == 0
+        assert torch.equal(got.reshape(-1).view(torch.uint8), want.view(torch.uint8)), spec.name
+
+
+# embedding tables
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data())
+def test_rows_are_the_tables(data: st.DataObject, two_files: list[Path]) -> None:
+    """Whatever the table's place, pieces and dtype, however few rows are kept from call to call."""
+    stored, compute = data.draw(st.sampled_from([(torch.float32,) * 2, (torch.bfloat16, torch.float32)]))
+    vocabulary, width, kept = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 90), st.integers(0, 12)))
+    row, at = width * stored.itemsize, data.draw(st.integers(0, 5000))
+    first = data.draw(st.integers(0, vocabulary * width)) * stored.itemsize  # in two files, cut anywhere
+    extents = [Extent(0, at, first), Extent(1, at, vocabulary * row - first)]
+    table = Table("embed", Gather([vocabulary, width], stored, [e for e in extents if e.nbytes]), compute)
+    raw = BYTES[at : at + first] + BYTES[::-1][at : at + vocabulary * row - first]
+    weight = torch.frombuffer(bytearray(raw), dtype=stored).view(vocabulary, width).to(compute)
+    module = torch.nn.Embedding(vocabulary, width, padding_idx=0, device="meta", dtype=compute)
+    reader = DirectReader(two_files)
+    queue = TransferQueue(reader, 2)
+    try:
+        rows = RowReader(table, module, queue, torch.device("cpu"), rows_kept=kept)
+        for _ in range(data.draw(st.integers(1, 5))):
+            shape = data.draw(st.sampled_from([(1, 1), (1, 7), (3, 4), (5,)]))
+            ids = torch.tensor(
+                data.draw(
+                    st.lists(st.integers(0, vocabulary - 1), min_size=math.prod(shape), max_size=math.prod(shape))
+                )
+            ).view(shape)
+            before = sum(queue.bytes_read.values())
+            held = set(rows._kept)
+            with torch.inference_mode():
+                got = module(ids)
+            assert torch.equal(got.view(torch.uint8), weight[ids].view(torch.uint8))
+            assert len(rows._kept) <= kept
+            new = set(ids.flatten().tolist()) - held
+            assert (sum(queue.bytes_read.values()) > before) == bool(new), "only what is not kept is read"
+            assert all(torch.equal(r.view(torch.uint8), weight[i].view(torch.uint8)) for i, r in rows._kept.items())
+            assert all(r.untyped_storage().nbytes() == width * compute.itemsize for r in rows._kept.values())
+            assert module.weight.shape == weight.shape
+            assert module.weight.isnan().all(), "a lookup that bypasses us is never plausible"
+            assert module.weight.untyped_storage().nbytes() == compute.itemsize
+        for bad in (-1, vocabulary):
+            with pytest.raises(IndexError, match=f"token id {bad} is outside the vocabulary of {vocabulary}"):
+                module(torch.tensor([[0, bad]]))
+    finally:
+        queue.close()
+        reader.close()
 
 
 # the plan cache
