@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "demo_models"))
 
-world = pytest.importorskip("world")
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+import world  # noqa: E402
 
 MODELS = ROOT / "offload" / "models"
 MOE = MODELS / "demo-moe"

@@ -207,3 +207,21 @@ def test_hf_generate_without_our_cache_and_with_assistance(folder: Path, oracle:
         lookup = model.hf.generate(ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=2,
                                    past_key_values=model.engine.new_cache(64))  # fmt: skip
         assert torch.equal(lookup, want)
+
+
+def test_experts_behind_no_interface_stream_with_their_layer(tmp_path: Path) -> None:
+    """jetmoe's experts ignore a registered experts function: they are part of the layer's blocks instead."""
+    from families import FAMILIES
+
+    jetmoe = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16}
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(FAMILIES, "jetmoe", jetmoe)
+        oracle = save(build("jetmoe"), tmp_path)
+    ids = torch.randint(4, VOCAB, (1, 12), generator=torch.Generator().manual_seed(2))
+    want = oracle.generate(ids, max_new_tokens=8, do_sample=False)[0, 12:].tolist()
+    with pytest.raises(offload.BudgetError) as refusal:
+        offload.load(tmp_path, resident=1, context=64)
+    with offload.load(tmp_path, resident=refusal.value.smallest, context=64) as model:
+        assert model.plan.experts_total == 0
+        assert model.run([ids[0].tolist()], max_new_tokens=8).token_ids == [want]
+        assert model.stats.total.bytes_read > 0
