@@ -310,11 +310,17 @@ def _largest(config: Any, name: str) -> int:
     return max((v for v in values if isinstance(v, int) and not isinstance(v, bool)), default=0)
 
 
-def kv_bytes(config: PreTrainedConfig, tokens: int, itemsize: int, max_chunk: int = 2048) -> int:
-    """Bytes the cache of one sequence of `tokens` takes at most, over all layers: full, sliding and recurrent.
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """What one layer keeps of a sequence: bytes per token (of the last `window` tokens), and bytes of state."""
 
-    `max_chunk` bounds the new tokens of one pass.
-    """
+    per_token: int
+    window: int | None
+    state: int
+
+
+def kv_layers(config: PreTrainedConfig, itemsize: int) -> list[LayerCache]:
+    """What each layer keeps, at most: full, sliding and recurrent ones."""
     c = config.get_text_config(decoder=True)
     shape = Shape.of(config)
     heads = _largest(c, "num_key_value_heads") or shape.heads
@@ -332,15 +338,25 @@ def kv_bytes(config: PreTrainedConfig, tokens: int, itemsize: int, max_chunk: in
     channels = max(4 * shape.hidden, 2 * key_heads * keys + value_heads * values, inner + 2 * groups * width)
     kernel = max(4, _largest(c, "conv_kernel"), _largest(c, "mamba_d_conv"), _largest(c, "linear_conv_kernel_dim"))
     recurrent = 4 * state + kernel * channels * itemsize
-    total = 0
+    layers = []
     for kind, kwargs in zip(*get_layer_types_and_kwargs(c), strict=True):
-        window = kwargs.get("sliding_window")
-        if kind not in ("conv", "linear_attention", "dummy"):
-            # what a sliding layer holds is a view of the last concatenation: its window and the newest chunk
-            total += per_token * (min(tokens, window + max_chunk) if window else tokens)
-        if kind not in ("full_attention", "sliding_attention", "chunked_attention", "dummy"):
-            total += recurrent
-    return total
+        attends = kind not in ("conv", "linear_attention", "dummy")
+        recurs = kind not in ("full_attention", "sliding_attention", "chunked_attention", "dummy")
+        window = kwargs.get("sliding_window") or None
+        layers.append(LayerCache(per_token if attends else 0, window, recurrent if recurs else 0))
+    return layers
+
+
+def kv_bytes(config: PreTrainedConfig, tokens: int, itemsize: int, max_chunk: int = 2048) -> int:
+    """Bytes the cache of one sequence of `tokens` takes at most, over all layers: full, sliding and recurrent.
+
+    `max_chunk` bounds the new tokens of one pass.
+    """
+    # what a sliding layer holds is a view of the last concatenation: its window and the newest chunk
+    return sum(
+        y.per_token * (min(tokens, y.window + max_chunk) if y.window else tokens) + y.state
+        for y in kv_layers(config, itemsize)
+    )
 
 
 def activation_bytes(config: PreTrainedConfig, tokens: int, context: int, itemsize: int, eager: bool) -> int:

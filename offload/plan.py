@@ -1,15 +1,18 @@
 """What fits: budgets in, placement out. Pure functions; nothing is allocated or read here.
 
-`ram` is the peak of the whole process, so it is split into: what the interpreter and libraries already use, a reserve
+Several placements fit a budget; `make_plan` takes the one that a given score finds fastest, or, without a score, the one
+that keeps most in memory. `ram` is the peak of the whole process, so it is split into: what the interpreter and libraries already use, a reserve
 for what they will, and slots for weights. KV for the context and the temporaries of one pass lie where compute is: in
 `ram` on a CPU, in `vram` on a device with memory of its own.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
 
 from offload.layout import ExpertGroup, LaidOut, ModelLayout
 from offload.sizes import ceil_mib, format_size
@@ -21,6 +24,9 @@ RESERVE = 72 << 20
 MIN_CONTEXT = 512
 MAX_DEFAULT_CONTEXT = 8192
 MIN_CHUNK, MAX_CHUNK = 32, 2048
+CHUNKS = (MIN_CHUNK, 64, 128, 256, 512, 1024, MAX_CHUNK)
+_AHEAD = 2  # most stream slots beyond those of the layer in use
+_TRIED = 12  # how finely the share of memory between dense blocks and experts is searched
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,8 @@ class TierPlan:
     """What one tier's arena holds. Sizes in bytes.
 
     `pinned` blocks stay; the other dense blocks pass through the `stream` pool; `experts` are cache pools by slot size.
-    `resident` counts the weight bytes in memory at once, streaming slots included.
+    `resident` counts the weight bytes in memory at once, streaming slots included; `lookahead` of the stream slots lie
+    beyond those of the layer in use.
     """
 
     arena: int
@@ -44,6 +51,7 @@ class TierPlan:
     pinned: tuple[str, ...]
     stream: PoolPlan | None
     experts: dict[int, PoolPlan] = field(default_factory=dict)
+    lookahead: int = 0
 
     @property
     def expert_slots(self) -> int:
@@ -56,6 +64,7 @@ class Plan:
     """Where everything lives. Sizes in bytes; `prefill_chunk` and `context` in tokens.
 
     `host` is what RAM holds for the device (on a CPU: everything there is), `device` what device memory holds.
+    `smallest` is the least budget of the memory computed in, `smallest_ram` that of `--ram`.
     """
 
     ram: int
@@ -70,6 +79,7 @@ class Plan:
     prefill_chunk: int
     weight_bytes: int
     smallest: int
+    smallest_ram: int = 0
 
     @property
     def compute(self) -> TierPlan:
@@ -129,9 +139,62 @@ class Budgets:
     context: int | None = None
 
 
-def make_plan(layout: ModelLayout, demand: Demand, budgets: Budgets) -> Plan:
-    """The best placement inside the budgets. Raises `BudgetError` with the smallest that works."""
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """Choices made by hand; None leaves one to the planner.
+
+    `resident_layers` decoder layers stay whole and the others are streamed whole; `lookahead` stream slots lie beyond
+    those of the layer in use; `expert_slots` experts are cached where they are computed; `prefill_chunk` tokens of a
+    prompt are computed in one pass.
+    """
+
+    resident_layers: int | None = None
+    lookahead: int | None = None
+    expert_slots: int | None = None
+    prefill_chunk: int | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, int]) -> Overrides:
+        """From names and values. Raises `UsageError` for an unknown name or a value below its least."""
+        least = {"resident_layers": 0, "lookahead": 0, "expert_slots": 1, "prefill_chunk": 1}
+        for name, value in settings.items():
+            if name not in least:
+                raise UsageError(f"--set {name}: not a choice there is; choices are {', '.join(least)}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least[name] <= value < 1 << 40:
+                raise UsageError(f"--set {name}={value!r}: give a whole number from {least[name]} up")
+        return cls(**settings)
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is set."""
+        return any(getattr(self, f.name) is not None for f in fields(self))
+
+
+# seconds a placement is expected to take: (host, device or None, prefill chunk); a cheap bound first, then the real one
+Score = Callable[[TierPlan, "TierPlan | None", int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How the planner compares placements: `bound` is cheap and asked often, `exact` of the few best ones."""
+
+    bound: Score
+    exact: Score
+
+
+def make_plan(
+    layout: ModelLayout,
+    demand: Demand,
+    budgets: Budgets,
+    scores: Scores | None = None,
+    overrides: Overrides | None = None,
+) -> Plan:
+    """The best placement inside the budgets: the fastest by `scores`, else the one that keeps most in memory.
+
+    Raises `BudgetError` with the smallest budget that works, `UsageError` for overrides that cannot be honoured.
+    """
     ram, vram, context = budgets.ram, budgets.vram, budgets.context
+    by_hand = overrides or Overrides()
     fixed = budgets.base + RESERVE + READERS * (CHUNK + 2 * PAGE)
     if context is not None and context > demand.max_context:
         raise UsageError(f"--context {context} is more than the model's {demand.max_context}")
@@ -162,38 +225,59 @@ def make_plan(layout: ModelLayout, demand: Demand, budgets: Budgets) -> Plan:
         _refuse("--resident", budgets.resident, least_resident)
 
     # tokens: a longer context and a wider pass, as far as they do not cost much of the room for weights
-    chunk, spare = MIN_CHUNK, compute_budget - smallest
-    for candidate in (64, 128, 256, 512, 1024, MAX_CHUNK):
+    spare = compute_budget - smallest
+    chunks = [MIN_CHUNK]
+    for candidate in CHUNKS[1:]:
         extra = demand.activations(candidate, least_context) - demand.activations(MIN_CHUNK, least_context)
         wanted = demand.activations(candidate, least_context)
         if extra <= spare // 4 and wanted <= max(compute_budget // 20, 64 << 20):
-            chunk = candidate
+            chunks.append(candidate)
     if context is None:
         whole = sum(b.slot_nbytes for b in layout.blocks()) - tight.arena  # room in which every block would fit
         context = least_context
         while context < min(demand.max_context, MAX_DEFAULT_CONTEXT):
             wider = min(2 * context, demand.max_context, MAX_DEFAULT_CONTEXT)
-            more = sum(overhead(wider, chunk)) - sum(overhead(least_context, chunk))
+            more = sum(overhead(wider, chunks[-1])) - sum(overhead(least_context, chunks[-1]))
             # KV is reserved whether used or not: while weights must be streamed it gets little of their room
             if more > spare or (more > spare // 16 and spare - more < whole):
                 break
             context = wider
-    kv, activations = overhead(context, chunk)
-    while compute_fixed + kv + activations + tight.arena > compute_budget and chunk > MIN_CHUNK:
-        chunk //= 2
-        kv, activations = overhead(context, chunk)
+    if by_hand.prefill_chunk is not None:
+        chunks = [by_hand.prefill_chunk]
+    elif demand.whole_prompt:
+        chunks = [context]
+    rooms = {}
+    for chunk in chunks:
+        left = compute_budget - compute_fixed - sum(overhead(context, chunk))
+        if left >= tight.arena or chunk == chunks[0]:
+            rooms[chunk] = left
 
     # weights: what is left, first where they are computed on, then in the tier below
     cap = budgets.resident if budgets.resident is not None else 1 << 62
     reserved = below.resident if below is not None else 0
-    placed = model.place(_Room(compute_budget - compute_fixed - kv - activations, cap - reserved))
-    assert placed is not None, "the smallest plan fits, so some plan does"
-    host, device = placed, None
-    if vram is not None:
-        device = placed
-        under = model.below(device).place(_Room(ram - fixed, cap - device.resident))
-        assert under is not None, "what is left for the host was kept for it"
-        host = under
+
+    def under(above: TierPlan) -> TierPlan:
+        """What the host holds of what the device does not."""
+        host = model.below(above).place(_Room(ram - fixed, cap - above.resident))
+        assert host is not None, "what is left for the host was kept for it"
+        return host
+
+    def both(placed: TierPlan) -> tuple[TierPlan, TierPlan | None]:
+        return (under(placed), placed) if vram is not None else (placed, None)
+
+    candidates = _candidates(model, {c: _Room(left, cap - reserved) for c, left in rooms.items()}, by_hand, scores)
+    if scores is None or len(candidates) == 1:
+        chunk, placed = candidates[-1]
+    else:
+        best: dict[int, tuple[float, int, TierPlan]] = {}  # by lookahead: the bound does not see what it is good for
+        for chunk, placed in candidates:
+            rank = scores.bound(*both(placed), chunk)
+            if placed.lookahead not in best or rank < best[placed.lookahead][0]:
+                best[placed.lookahead] = rank, chunk, placed
+        finalists = [(scores.exact(*both(p), c), -p.lookahead, i) for i, (_, c, p) in enumerate(best.values())]
+        _, chunk, placed = list(best.values())[min(finalists)[2]]
+    host, device = both(placed)
+    kv, activations = overhead(context, chunk)
     return Plan(
         ram=ram,
         vram=vram or 0,
@@ -207,7 +291,27 @@ def make_plan(layout: ModelLayout, demand: Demand, budgets: Budgets) -> Plan:
         prefill_chunk=context if demand.whole_prompt else min(chunk, context),
         weight_bytes=layout.weight_bytes,
         smallest=smallest,
+        smallest_ram=least_ram,
     )
+
+
+def _candidates(
+    model: _Weights, rooms: Mapping[int, _Room], by_hand: Overrides, scores: Scores | None
+) -> list[tuple[int, TierPlan]]:
+    """(prefill chunk, placement) worth comparing; the last one is the choice where nothing is compared."""
+    if by_hand.any:
+        found = [(c, p) for c, room in rooms.items() for p in model.options(room, by_hand)]
+        if not found:
+            raise UsageError(f"--set: {model.reason(list(rooms.values())[0], by_hand)}")
+        return found
+    if scores is None:
+        for chunk in reversed(rooms):
+            placed = model.place(rooms[chunk])
+            if placed is not None:
+                return [(chunk, placed)]
+    found = [(c, p) for c, room in rooms.items() for p in model.options(room, by_hand)]
+    assert found, "the smallest plan fits, so some plan does"
+    return found
 
 
 def _refuse(flag: str, given: int, least: int) -> None:
@@ -244,6 +348,8 @@ class _Weights:
     experts: Mapping[int, Sequence[LaidOut]]
     least_experts: Mapping[int, int]
     passing: tuple[Block, ...] = ()
+    head: bool = False  # whether the last of `dense` is the head
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, layout: ModelLayout) -> _Weights:
@@ -251,7 +357,8 @@ class _Weights:
         dense = [tuple(part.block for part in layer.dense) for layer in layout.layers]
         if layout.head is not None:
             dense.append((layout.head.block,))
-        return cls((layout.rest.block,), tuple(dense), expert_pools(layout), _least_experts(layout))
+        return cls((layout.rest.block,), tuple(dense), expert_pools(layout), _least_experts(layout),
+                   head=layout.head is not None)  # fmt: skip
 
     def below(self, above: TierPlan) -> _Weights:
         """What the tier under `above` has to do with: all that does not stay there."""
@@ -261,50 +368,171 @@ class _Weights:
         dense = tuple(b for layer in self.dense for b in layer)
         passing = [b for b in (*self.always, *dense) if b.key in stays] + gone
         rest = tuple(tuple(b for b in layer if b.key not in stays) for layer in self.dense)
-        return _Weights((), tuple(layer for layer in rest if layer), left, self.least_experts, tuple(passing))
+        head = self.head and bool(rest[-1])
+        return _Weights((), tuple(layer for layer in rest if layer), left, self.least_experts, tuple(passing), head)
 
     def place(self, room: _Room) -> TierPlan | None:
         """Pin as many dense blocks as fit, spread evenly, and stream the others; experts get what is left."""
-        biggest = {size: max(e.block.nbytes for e in es) for size, es in self.experts.items()}
-        least = {size: self.least_experts[size] for size in self.experts}
-        arena0 = sum(page_up(b.slot_nbytes) for b in self.always) + sum(size * n for size, n in least.items())
-        resident0 = sum(b.nbytes for b in self.always) + sum(biggest[size] * n for size, n in least.items())
-        floor = max((page_up(b.slot_nbytes) for b in self.passing), default=0)
+        if room.least:
+            return self._tier(self._streams(0, len(self._table.order)), room)
+        return next((self._tier(s, room) for s in self._fitting(room)), None)
 
-        # the largest blocks are the last to be streamed: one of them would set the size of every slot
-        flat = [(layer, b) for layer, blocks in enumerate(self.dense) for b in blocks]
-        typical = 2 * sorted(b.slot_nbytes for _, b in flat)[len(flat) // 2] if flat else 0
-        order = [x for x in flat if x[1].slot_nbytes <= typical] + [x for x in flat if x[1].slot_nbytes > typical]
-        usual = sum(b.slot_nbytes <= typical for _, b in flat)
+    def options(self, room: _Room, by_hand: Overrides) -> Iterator[TierPlan]:
+        """Placements that differ in lookahead and, where experts compete for the room, in how much is pinned."""
+        aheads = range(_AHEAD, -1, -1) if by_hand.lookahead is None else (by_hand.lookahead,)
+        n = len(self._table.order)
+        for ahead in aheads:
+            if by_hand.resident_layers is not None:
+                counts = [self._whole_layers(by_hand.resident_layers, ahead)]
+                streams = [s for s in counts if s is not None and room.fits(s.arena, s.weights)]
+            else:
+                fitting = [self._streams(ahead, k) for k in range(n + 1)]
+                fitting = [s for s in fitting if room.fits(s.arena, s.weights)]
+                step = max(1, n // _TRIED)
+                first = fitting[0].count if fitting else 0
+                streams = [s for s in fitting if s.count == first or (self.experts and s.count % step == 0)]
+            for s in streams:
+                tier = self._tier(s, room, by_hand.expert_slots)
+                if tier is not None:
+                    yield tier
 
-        def pinning(ahead: int, streamed: int) -> tuple[list[str], PoolPlan | None, int, int]:
-            away = _spread(usual, min(streamed, usual)) | set(range(usual, max(usual, streamed)))
-            gone = [b for i, (_, b) in enumerate(order) if i in away]
-            kept = [b for i, (_, b) in enumerate(order) if i not in away]
-            layers = Counter(layer for i, (layer, _) in enumerate(order) if i in away)
-            slots = min(max(layers.values(), default=0) + ahead, streamed)
-            slot = page_up(max((b.slot_nbytes for b in gone), default=0))
-            arena = arena0 + sum(page_up(b.slot_nbytes) for b in kept) + slots * slot
-            weights = resident0 + sum(b.nbytes for b in kept) + slots * max((b.nbytes for b in gone), default=0)
-            return [b.key for b in kept], PoolPlan(slot, slots) if slots else None, max(arena, floor), weights
+    def reason(self, room: _Room, by_hand: Overrides) -> str:
+        """Why no placement honours the overrides."""
+        layers = len(self.dense)
+        if by_hand.resident_layers is not None and by_hand.resident_layers > layers:
+            return f"resident_layers={by_hand.resident_layers}, but the model has {layers} layers and a head"
+        slots = sum(map(len, self.experts.values()))
+        if by_hand.expert_slots is not None and by_hand.expert_slots > slots:
+            return f"expert_slots={by_hand.expert_slots}, but the model has {slots} experts"
+        least = sum(self.least_experts.values())
+        if by_hand.expert_slots is not None and by_hand.expert_slots < least:
+            return f"expert_slots={by_hand.expert_slots}, but one token needs {least} at once"
+        left = format_size(max(0, room.arena))
+        return f"these choices need more than the {left} left for weights; set less or give a larger budget"
 
-        # slots beyond those of one layer keep the link busy while it is computed on; without them nothing overlaps
-        most = 2 if any(len(blocks) > 1 for blocks in self.dense) else 1  # parts of layers, or whole ones
-        options = (pinning(ahead, n) for ahead in range(most, -1, -1) for n in range(len(flat) + 1))
-        chosen = next((o for o in options if room.fits(o[2], o[3])), None)
-        if chosen is None:
-            if not room.least:
-                return None
-            chosen = pinning(0, len(flat))
-        pinned, stream, arena, weights = chosen
+    @property
+    def _table(self) -> _Table:
+        table = self.cache.get("table")
+        if table is None:
+            table = self.cache["table"] = _Table.of(self)
+        return table
+
+    def _streams(self, ahead: int, count: int) -> _Streams:
+        """The size of things when `count` dense blocks are streamed, with `ahead` slots more than a layer needs."""
+        key = ahead, count
+        known = self.cache.get(key)
+        if known is None:
+            known = self.cache[key] = self._table.streaming(self._table.away(count), ahead, count)
+        return known
+
+    def _whole_layers(self, resident: int, ahead: int) -> _Streams | None:
+        """All blocks of all but `resident` layers streamed; the head counts as one more layer and is kept first."""
+        t = self._table
+        if resident > len(self.dense):
+            return None
+        layers = sorted(set(t.layer.tolist()))
+        head = layers[-1:] if self.head else []
+        body = layers[: len(layers) - len(head)]
+        gone = {body[i] for i in _spread(len(body), max(0, len(body) - resident))}
+        away = np.array([i for i, layer in enumerate(t.layer.tolist()) if layer in gone], dtype=np.int64)
+        return t.streaming(away, ahead, len(away))
+
+    def _fitting(self, room: _Room) -> Iterator[_Streams]:
+        """Most lookahead first, then fewest streamed."""
+        for ahead in range(_AHEAD, -1, -1):
+            for count in range(len(self._table.order) + 1):
+                s = self._streams(ahead, count)
+                if room.fits(s.arena, s.weights):
+                    yield s
+
+    def _tier(self, s: _Streams, room: _Room, expert_slots: int | None = None) -> TierPlan | None:
+        """The rest of the room goes to experts."""
+        gone = set(s.away.tolist())
+        order = self._table.order
+        pinned = tuple(b.key for i, b in enumerate(order) if i not in gone)
+        arena, weights = s.arena, s.weights
         experts: dict[int, PoolPlan] = {}
         for size, es in self.experts.items():
-            spare = min((room.arena - arena) // size, (room.resident - weights) // biggest[size])
-            more = max(0, min(len(es) - least[size], spare))
-            experts[size] = PoolPlan(size, least[size] + more)
+            biggest = max(e.block.nbytes for e in es)
+            least = self.least_experts[size]
+            spare = min((room.arena - arena) // size, (room.resident - weights) // biggest)
+            more = max(0, min(len(es) - least, spare))
+            if expert_slots is not None:
+                if not 0 <= expert_slots - least <= more:
+                    return None
+                more = expert_slots - least
+            experts[size] = PoolPlan(size, least + more)
             arena += more * size
-            weights += more * biggest[size]
-        return TierPlan(arena, weights, (*(b.key for b in self.always), *pinned), stream, experts)
+            weights += more * biggest
+        stream = PoolPlan(s.slot, s.slots) if s.slots else None
+        return TierPlan(arena, weights, (*(b.key for b in self.always), *pinned), stream, experts, s.ahead)
+
+
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    """Some dense blocks streamed: which (`away`, places in the table's order), and what all else takes."""
+
+    count: int
+    ahead: int
+    away: np.ndarray
+    slots: int
+    slot: int
+    arena: int
+    weights: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A tier's dense blocks as arrays, so that every way to divide them can be sized quickly."""
+
+    order: list[Block]
+    layer: np.ndarray
+    size: np.ndarray
+    nbytes: np.ndarray
+    usual: int
+    most: int
+    arena0: int
+    weights0: int
+    floor: int
+
+    @classmethod
+    def of(cls, w: _Weights) -> _Table:
+        """The largest blocks come last: one of them would set the size of every stream slot."""
+        biggest = {size: max(e.block.nbytes for e in es) for size, es in w.experts.items()}
+        least = {size: w.least_experts[size] for size in w.experts}
+        flat = [(layer, b) for layer, blocks in enumerate(w.dense) for b in blocks]
+        typical = 2 * sorted(b.slot_nbytes for _, b in flat)[len(flat) // 2] if flat else 0
+        usual = [x for x in flat if x[1].slot_nbytes <= typical]
+        order = usual + [x for x in flat if x[1].slot_nbytes > typical]
+        return cls(
+            order=[b for _, b in order],
+            layer=np.array([n for n, _ in order], dtype=np.int64),
+            size=np.array([page_up(b.slot_nbytes) for _, b in order], dtype=np.int64),
+            nbytes=np.array([b.nbytes for _, b in order], dtype=np.int64),
+            usual=len(usual),
+            most=_AHEAD if any(len(blocks) > 1 for blocks in w.dense) else 1,  # parts of layers, or whole ones
+            arena0=sum(page_up(b.slot_nbytes) for b in w.always) + sum(size * n for size, n in least.items()),
+            weights0=sum(b.nbytes for b in w.always) + sum(biggest[size] * n for size, n in least.items()),
+            floor=max((page_up(b.slot_nbytes) for b in w.passing), default=0),
+        )
+
+    def away(self, count: int) -> np.ndarray:
+        """`count` blocks, spread evenly over the usual ones, then the large ones."""
+        few = sorted(_spread(self.usual, min(count, self.usual)))
+        return np.array([*few, *range(self.usual, max(self.usual, count))], dtype=np.int64)
+
+    def streaming(self, away: np.ndarray, ahead: int, count: int) -> _Streams:
+        """Sizes with these blocks streamed. Slots beyond those of one layer keep the link busy while it computes."""
+        ahead = min(ahead, self.most)
+        if not len(away):
+            return _Streams(0, ahead, away, 0, 0, max(self.arena0 + int(self.size.sum()), self.floor),
+                            self.weights0 + int(self.nbytes.sum()))  # fmt: skip
+        in_use = int(np.bincount(self.layer[away]).max())
+        slots = min(in_use + ahead, len(away))
+        slot, widest = int(self.size[away].max()), int(self.nbytes[away].max())
+        arena = self.arena0 + int(self.size.sum() - self.size[away].sum()) + slots * slot
+        weights = self.weights0 + int(self.nbytes.sum() - self.nbytes[away].sum()) + slots * widest
+        return _Streams(count, ahead, away, slots, slot, max(arena, self.floor), weights)
 
 
 def expert_pools(layout: ModelLayout) -> dict[int, list[LaidOut]]:

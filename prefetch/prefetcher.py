@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 from prefetch.schedule import CyclicSchedule
-from tiers import Residency
+
+
+class Tier(Protocol):
+    """What is asked of a tier: `tiers.Residency` live, a tier on a virtual clock when a plan is simulated."""
+
+    def resident(self, key: str) -> bool:
+        """Whether the block could be used at once."""
+        ...
+
+    def prefetch(self, key: str, deadline: float = 0.0) -> bool:
+        """Start fetching the block if a slot can be had; True if it is there or on its way."""
+        ...
+
+    def cancel_prefetches(self) -> None:
+        """Drop what is under way and not leased."""
+        ...
 
 
 class Prefetcher:
@@ -16,7 +32,7 @@ class Prefetcher:
     cycle; looking farther ahead would evict those for blocks that can still come in time.
     """
 
-    def __init__(self, residency: Residency, schedule: CyclicSchedule, window: int = 2) -> None:
+    def __init__(self, residency: Tier, schedule: CyclicSchedule, window: int = 2) -> None:
         self._residency = residency
         self._schedule = schedule
         self._window = window

@@ -1,0 +1,67 @@
+"""Seconds of compute: a layer's dense part, its attention, its experts, the head, at a number of tokens.
+
+Each term is work over a rate of `machine.Rates`; nothing is added that has no name:
+
+===================  ==========================================  =======================================
+term                 work                                        rate
+===================  ==========================================  =======================================
+products             bytes of matrices × tokens                  `linear`, measured per dtype and tokens
+attention, memory    KV bytes of the tokens attended to          `attention_bytes_per_s`
+attention, products  4 × heads × head_dim per (query, context)   `attention_flops_per_s`
+elementwise          tokens × hidden                             `elementwise_s`
+calls                layers, experts, passes                     `layer_call_s`, `expert_call_s`, `step_call_s`
+===================  ==========================================  =======================================
+
+Not covered: waiting for bytes (`offload.planning.timeline`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offload.planning.facts import LayerFacts, ModelFacts
+from offload.planning.machine import Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass over the weights: `sequences` × `new` tokens, with `context` tokens before them in each sequence."""
+
+    sequences: int
+    new: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """Rows of every product but the head's."""
+        return self.sequences * self.new
+
+
+def layer_s(facts: ModelFacts, layer: LayerFacts, rates: Rates, p: Pass) -> float:
+    """Seconds of a layer without its experts."""
+    seconds = rates.layer_call_s + rates.linear_s(facts.dtype, layer.matrix_bytes, p.tokens)
+    seconds += rates.elementwise_s * p.tokens * facts.hidden
+    return seconds + attention_s(layer, rates, p)
+
+
+def attention_s(layer: LayerFacts, rates: Rates, p: Pass) -> float:
+    """Seconds of attention over what is cached: whichever is more, reading it or multiplying it."""
+    seen = p.context + (p.new + 1) / 2  # mean over the new tokens: each sees those before it
+    if layer.window is not None:
+        seen = min(seen, layer.window)
+    read = p.sequences * seen * layer.kv_bytes / rates.attention_bytes_per_s
+    work = p.tokens * seen * layer.attention_flops / rates.attention_flops_per_s
+    return max(read, work)
+
+
+def expert_s(facts: ModelFacts, layer: LayerFacts, rates: Rates, p: Pass, distinct: int) -> float:
+    """Seconds of one of `distinct` experts that share the pass's tokens."""
+    if not distinct:
+        return 0.0
+    each = max(1.0, p.tokens * layer.top_k / distinct)
+    return rates.expert_call_s + rates.linear_s(facts.dtype, layer.expert_bytes, each)
+
+
+def head_s(facts: ModelFacts, rates: Rates, p: Pass) -> float:
+    """Seconds of the output matrix: only each sequence's last token is projected."""
+    return rates.linear_s(facts.dtype, facts.head_bytes, p.sequences)

@@ -1,0 +1,90 @@
+"""How many experts of a layer are not in memory when they are needed: expected misses of an LRU cache.
+
+Routing is drawn at random with a fixed seed: each token's experts are uniform, except that with probability `repeat` a
+choice is one of the previous token's (measured per model, see `calibration`). Reuse distances are computed once
+(Mattson et al. 1970, "Evaluation techniques for storage hierarchies"); they answer for every cache size, and more slots
+never miss more.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from bisect import bisect_left
+from dataclasses import dataclass
+
+MAX_STEPS = 16  # decode steps drawn; what follows is like the last quarter of them
+_MAX_TOUCHES = 60_000  # bounds the time of a plan; very large models are drawn for fewer steps
+_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PassMisses:
+    """One pass: `distances[layer]` are the sorted reuse distances of the experts that the layer needs."""
+
+    distances: tuple[tuple[int, ...], ...]
+
+    def needed(self, layer: int) -> int:
+        """Distinct experts of the layer."""
+        return len(self.distances[layer])
+
+    def missed(self, layer: int, slots: int) -> int:
+        """Those of them that a cache of `slots` does not hold."""
+        d = self.distances[layer]
+        return len(d) - bisect_left(d, slots)
+
+
+@functools.lru_cache(maxsize=32)
+def draw(
+    layers: tuple[tuple[int, int], ...], prefill: tuple[int, ...], decode: int, batch: int, repeat: float
+) -> tuple[tuple[PassMisses, ...], tuple[PassMisses, ...]]:
+    """(prefill passes, decode passes) for `layers` of (experts, top_k) each.
+
+    `prefill` are the tokens of each pass over the prompt, `decode` the number of steps of `batch` tokens drawn at most.
+    """
+    per_step = sum(min(e, k * batch) for e, k in layers)
+    whole = sum(e for e, _ in layers)
+    prefill = prefill[-2:] if whole * len(prefill) > _MAX_TOUCHES // 2 else prefill  # earlier ones are like them
+    steps = max(2, min(decode, MAX_STEPS, _MAX_TOUCHES // max(1, per_step)))
+    rng = random.Random(_SEED)
+    recent: list[int] = []  # times of last use, ascending: the LRU stack
+    last: dict[tuple[int, int], int] = {}
+    clock = 0
+    previous: list[list[list[int]]] = [[[] for _ in range(batch)] for _ in layers]
+
+    def touch(layer: int, chosen: set[int]) -> tuple[int, ...]:
+        nonlocal clock
+        distances = []
+        for e in sorted(chosen):
+            at = last.get((layer, e))
+            if at is None:
+                distances.append(1 << 60)
+            else:
+                i = bisect_left(recent, at)
+                distances.append(len(recent) - 1 - i)
+                del recent[i]
+            recent.append(clock)
+            last[layer, e] = clock
+            clock += 1
+        return tuple(sorted(distances))
+
+    def run(tokens: int, *, stepping: bool) -> PassMisses:
+        out = []
+        for number, (experts, k) in enumerate(layers):
+            if tokens * k >= 8 * experts:
+                chosen = set(range(experts))  # all but surely
+            else:
+                chosen = set()
+                for s in range(tokens):
+                    held = previous[number][s] if stepping else []
+                    picks: set[int] = {e for e in held if rng.random() < repeat}
+                    while len(picks) < min(k, experts):
+                        picks.add(rng.randrange(experts))
+                    if stepping:
+                        previous[number][s] = list(picks)
+                    chosen |= picks
+            out.append(touch(number, chosen))
+        return PassMisses(tuple(out))
+
+    first = tuple(run(n, stepping=False) for n in prefill)
+    return first, tuple(run(batch, stepping=True) for _ in range(steps))

@@ -1,0 +1,321 @@
+"""A plan on a virtual clock: the same schedule and prefetcher that run live, over links that only take time.
+
+What is modelled: links that serve in order, demand before prefetch, a window of slots, disk → host → device
+pipelined per block, experts that are read when the router has chosen, compute that is slowed by transfers beside it.
+What is not: requests inside a block (a block arrives when its last byte does), and anything random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from offload.planning import cost
+from offload.planning.cost import Pass
+from offload.planning.facts import ModelFacts
+from offload.planning.machine import Machine
+from offload.planning.routing import PassMisses
+from offload.plan import READERS
+from prefetch import CyclicSchedule, Prefetcher
+from tiers import CHUNK, NextUse
+
+_IN_FLIGHT = READERS * CHUNK  # bytes requested from the disk at once
+_FIRST_PART = 5 << 20  # bytes of a block that must be below before its copy upward begins (a chunk and a page)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What one pass took, in seconds and bytes. `seconds` is the wall time; the others may overlap."""
+
+    seconds: float = 0.0
+    compute_s: float = 0.0
+    disk_s: float = 0.0
+    link_s: float = 0.0
+    stall_s: float = 0.0
+    bytes_read: float = 0.0
+    bytes_up: float = 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that is busy longest."""
+        busy = {"compute": self.compute_s, "link": self.link_s, "disk": self.disk_s}
+        return max(busy, key=lambda k: busy[k])
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """What one tier streams: dense blocks in order of use with their bytes, through `slots` of a window."""
+
+    blocks: tuple[tuple[str, int], ...]
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What the timeline needs to know of a plan.
+
+    `device` streams what is computed on (on a CPU: what RAM lacks), `host` what RAM lacks of that. Expert slots are
+    those of the tier computed on and of the host under it.
+    """
+
+    compute: Streams
+    host: Streams | None
+    expert_slots: int
+    host_expert_slots: int = 0
+
+
+@dataclass(slots=True)
+class _Link:
+    """Serves transfers in order; `free_at` is when all accepted so far are through."""
+
+    name: str
+    bytes_per_s: float
+    latency_s: float
+    free_at: float = 0.0
+    busy_s: float = 0.0
+    moved: float = 0.0
+    slices: list[tuple[str, str, float, float]] = field(default_factory=list)
+
+    def send(self, key: str, nbytes: float, now: float, ready: float = 0.0) -> float:
+        """When `nbytes` are through. `ready` is when the last of them is there to be sent."""
+        start = max(now, self.free_at)
+        took = nbytes / self.bytes_per_s
+        tail = min(nbytes, _FIRST_PART) / self.bytes_per_s
+        end = max(start + took + self.latency_s, ready + tail if ready > start else 0.0)
+        self.free_at = end
+        self.busy_s += took + self.latency_s
+        self.moved += nbytes
+        self.slices.append((self.name, key, start, end))
+        return end
+
+
+class _Tier:
+    """A residency on the virtual clock: what `Prefetcher` asks of one, and nothing else."""
+
+    def __init__(
+        self, clock: Clock, streams: Streams, schedule: CyclicSchedule, fetch: Callable[[str, float], float]
+    ) -> None:
+        self._clock = clock
+        self._slots = streams.slots
+        self._fetch = fetch
+        self._policy = NextUse(schedule.next_use)
+        self.arrives: dict[str, float] = {}
+        self.leased: set[str] = set()
+
+    def resident(self, key: str) -> bool:
+        return self.arrives.get(key, float("inf")) <= self._clock.now
+
+    def prefetch(self, key: str, deadline: float = 0.0) -> bool:
+        return key in self.arrives or self._take(key)
+
+    def cancel_prefetches(self) -> None:
+        """Nothing is ever cut short here."""
+
+    def lease(self, key: str) -> float:
+        """When the block is there."""
+        if key not in self.arrives and not self._take(key):
+            # every slot holds something on its way: the latest gives up, as live
+            victim = max((k for k in self.arrives if k not in self.leased), key=self.arrives.__getitem__)
+            del self.arrives[victim]
+            self._policy.removed(victim)
+            self._take(key)
+        self.leased.add(key)
+        self._policy.touched(key)
+        return self.arrives[key]
+
+    def delay(self, seconds: float) -> None:
+        """A demand went before what is still on its way."""
+        for key, at in self.arrives.items():
+            if at > self._clock.now:
+                self.arrives[key] = at + seconds
+
+    def _take(self, key: str) -> bool:
+        if len(self.arrives) >= self._slots:
+            victim = self._policy.victim(lambda k: k not in self.leased and self.resident(k), key)
+            if victim is None:
+                return False
+            del self.arrives[victim]
+            self._policy.removed(victim)
+        self.arrives[key] = self._fetch(key, self._clock.now)
+        self._policy.touched(key)
+        return True
+
+
+@dataclass(slots=True)
+class Clock:
+    """Virtual seconds."""
+
+    now: float = 0.0
+
+
+class Timeline:
+    """One model, one machine, one placement: pass after pass on a virtual clock."""
+
+    def __init__(self, facts: ModelFacts, machine: Machine, placement: Placement) -> None:
+        self._facts = facts
+        self._machine = machine
+        self._placement = placement
+        self._clock = Clock()
+        self.compute: list[tuple[str, str, float, float]] = []
+        self._disk = _Link("disk", machine.disk_bytes_per_s, machine.disk_latency_s)
+        self._link: _Link | None = None
+        self._sizes: Mapping[str, int] = dict(placement.compute.blocks)
+        self._host: _Tier | None = None
+        self._host_prefetcher: Prefetcher | None = None
+        self._prefetcher: Prefetcher | None = None
+        self._tier: _Tier | None = None
+        if machine.link_bytes_per_s is not None:
+            self._link = _Link("link", machine.link_bytes_per_s, machine.link_latency_s)
+        if placement.host is not None and placement.host.blocks:
+            self._host, self._host_prefetcher = self._stream(placement.host, self._from_disk)
+        if placement.compute.blocks:
+            fetch = self._from_disk if self._link is None else self._from_host
+            self._tier, self._prefetcher = self._stream(placement.compute, fetch)
+        for prefetcher in (self._host_prefetcher, self._prefetcher):
+            if prefetcher is not None:
+                prefetcher.start()
+
+    @property
+    def slices(self) -> list[tuple[str, str, float, float]]:
+        """(lane, name, start, end) of everything so far."""
+        return [*self.compute, *self._disk.slices, *(self._link.slices if self._link else ())]
+
+    @property
+    def now(self) -> float:
+        """Virtual seconds since the start."""
+        return self._clock.now
+
+    def run(self, p: Pass, misses: PassMisses | None) -> Usage:
+        """One pass; the streams go on from where the last one left them."""
+        facts, rates = self._facts, self._machine.rates
+        began, before = self._clock.now, self._books()
+        stall = compute = 0.0
+        number = 0
+        self._compute("call", rates.step_call_s)
+        compute += rates.step_call_s
+        stall += self._rows()
+        for layer in facts.layers:
+            stall += self._enter([key for key, _ in layer.parts])
+            work = cost.layer_s(facts, layer, rates, p)
+            self._compute(layer.parts[0][0] if layer.parts else "layer", work)
+            if layer.experts and misses is not None:
+                needed = misses.needed(number)
+                each = cost.expert_s(facts, layer, rates, p, needed)
+                stall += self._experts(layer.expert_bytes, misses, number, each)
+                work += needed * each
+                number += 1
+            self._leave([key for key, _ in layer.parts])
+            compute += work
+        if facts.head:
+            stall += self._enter([key for key, _ in facts.head])
+            work = cost.head_s(facts, rates, p)
+            self._compute("head", work)
+            self._leave([key for key, _ in facts.head])
+            compute += work
+        after = self._books()
+        return Usage(self._clock.now - began, compute, after[0] - before[0], after[1] - before[1], stall,
+                     after[2] - before[2], after[3] - before[3])  # fmt: skip
+
+    # the parts of a pass
+
+    def _rows(self) -> float:
+        """Embedding rows are read on demand, behind the requests that are in flight already."""
+        in_flight = min(_IN_FLIGHT / self._disk.bytes_per_s, max(0.0, self._disk.free_at - self._clock.now))
+        wait = self._disk.latency_s + in_flight
+        self._clock.now += wait
+        return wait
+
+    def _enter(self, keys: Sequence[str]) -> float:
+        """Lease a layer's streamed blocks and wait for them; returns the wait."""
+        if self._tier is None or self._prefetcher is None:
+            return 0.0
+        mine = [k for k in keys if k in self._sizes]
+        if not mine:
+            return 0.0
+        there = [self._tier.lease(k) for k in mine]
+        self._prefetcher.entered(mine)
+        if self._host_prefetcher is not None:
+            self._host_prefetcher.passed(mine)
+        wait = max(0.0, max(there) - self._clock.now)
+        self._clock.now += wait
+        return wait
+
+    def _leave(self, keys: Sequence[str]) -> None:
+        if self._tier is None or self._prefetcher is None:
+            return
+        mine = [k for k in keys if k in self._tier.leased]
+        if mine:
+            self._tier.leased.difference_update(mine)
+            self._prefetcher.left()
+
+    def _compute(self, name: str, seconds: float) -> None:
+        """Compute, slowed by what is being moved meanwhile."""
+        now = self._clock.now
+        drag = self._machine.disk_drag * min(seconds, max(0.0, self._disk.free_at - now))
+        if self._link is not None:
+            drag += self._machine.link_drag * min(seconds, max(0.0, self._link.free_at - now))
+        self._clock.now = now + seconds + drag
+        self.compute.append(("compute", name, now, self._clock.now))
+
+    def _experts(self, nbytes: int, misses: PassMisses, number: int, each: float) -> float:
+        """Compute a layer's experts, those at hand first; returns the wait for the others."""
+        needed = misses.needed(number)
+        missed = misses.missed(number, self._placement.expert_slots)
+        there = self._clock.now
+        if missed:
+            there = self._demand(missed, nbytes, misses, number)
+        if needed > missed:
+            self._compute("experts", (needed - missed) * each)
+        if not missed:
+            return 0.0
+        # they come one after another and are computed as they do: the last one is what is waited for
+        self._compute("experts", (missed - 1) * each)
+        wait = max(0.0, there - self._clock.now)
+        self._clock.now += wait
+        self._compute("experts", each)
+        return wait
+
+    def _demand(self, missed: int, nbytes: int, misses: PassMisses, number: int) -> float:
+        """Fetch experts before anything else that is queued; returns when the last one is there."""
+        now = self._clock.now
+        if self._link is None:
+            return self._urgent(self._disk, self._tier, missed * nbytes)
+        below = max(self._placement.expert_slots, self._placement.host_expert_slots)
+        absent = min(missed, misses.missed(number, below))
+        ready = self._urgent(self._disk, self._host, absent * nbytes) if absent else now
+        sent = self._urgent(self._link, self._tier, missed * nbytes)
+        return max(sent, ready + min(nbytes, _FIRST_PART) / self._link.bytes_per_s if absent else 0.0)
+
+    def _urgent(self, link: _Link, tier: _Tier | None, nbytes: float) -> float:
+        now = self._clock.now
+        took = link.latency_s + nbytes / link.bytes_per_s
+        link.busy_s += took
+        link.moved += nbytes
+        link.slices.append((link.name, "experts", now, now + took))
+        link.free_at = max(link.free_at, now) + took
+        if tier is not None:
+            tier.delay(took)
+        return now + took
+
+    # where blocks come from
+
+    def _stream(self, streams: Streams, fetch: Callable[[str, float], float]) -> tuple[_Tier, Prefetcher]:
+        schedule = CyclicSchedule([key for key, _ in streams.blocks])
+        tier = _Tier(self._clock, streams, schedule, fetch)
+        return tier, Prefetcher(tier, schedule, window=streams.slots)
+
+    def _from_disk(self, key: str, now: float) -> float:
+        return self._disk.send(key, self._sizes[key], now)
+
+    def _from_host(self, key: str, now: float) -> float:
+        assert self._link is not None
+        ready = 0.0
+        host = self._placement.host
+        if self._host is not None and host is not None and any(key == k for k, _ in host.blocks):
+            at = self._host.arrives.get(key)
+            ready = self._disk.send(key, self._sizes[key], now) if at is None else at
+        return self._link.send(key, self._sizes[key], now, ready)
+
+    def _books(self) -> tuple[float, float, float, float]:
+        link = self._link
+        return (self._disk.busy_s, link.busy_s if link else 0.0, self._disk.moved, link.moved if link else 0.0)
