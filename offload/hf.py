@@ -37,8 +37,11 @@ _QUANT_SUFFIX = re.compile(
 NO_CHUNKED_PREFILL = frozenset({"jamba", "mamba", "mamba2", "bamba", "falcon_mamba", "zamba", "zamba2", "nemotron_h"})
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
-    """The model's config. Raises `ModelError` for what cannot be a causal language model, in one line."""
+def load_config(folder: Path, *, quantised: bool = False) -> PreTrainedConfig:
+    """The model's config. Raises `ModelError` for what cannot be a causal language model, in one line.
+
+    With `quantised`, weights in a format that cannot be run are no reason to refuse: a plan can be made for them.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json; is it a model folder?")
@@ -74,7 +77,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         what = architectures[0] if architectures else kind
         raise ModelError(f"{path}: {what} is not a causal language model")
     quant = raw.get("quantization_config")
-    if quant is not None:
+    if quant is not None and not quantised:
         method = quant.get("quant_method", "unknown") if isinstance(quant, dict) else "unknown"
         raise ModelError(
             f"{path}: the weights are quantised ({method}), which cannot be run yet; use the original ones"

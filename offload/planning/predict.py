@@ -83,7 +83,7 @@ def simulate(
     facts: ModelFacts, where: Placement, chunk: int, machine: Machine, workload: Workload, repeat: float = 0.0
 ) -> tuple[Prediction, Timeline]:
     """A request on the virtual clock, and the timeline it left."""
-    chunks = _chunks(workload, chunk)
+    chunks = chunks_of(workload, chunk)
     steps = max(1, workload.new_tokens - 1)
     first: tuple[PassMisses, ...] = ()
     then: tuple[PassMisses, ...] = ()
@@ -117,7 +117,7 @@ def simulate(
     return prediction, timeline
 
 
-def _chunks(workload: Workload, chunk: int) -> list[int]:
+def chunks_of(workload: Workload, chunk: int) -> list[int]:
     """New tokens per sequence of each pass over the prompt, as the engine cuts it."""
     each = max(1, chunk // workload.batch)
     whole, left = divmod(workload.prompt_tokens, each)

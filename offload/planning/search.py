@@ -1,0 +1,123 @@
+"""The planner: of the placements that fit, the one that is predicted to serve a workload soonest.
+
+Every placement that differs in what is pinned, in lookahead, in the share of experts and in the prefill chunk is
+compared by a bound (the busiest resource's time, which a perfect schedule would reach); the best of each lookahead are
+then run on the virtual clock. Deterministic.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from offload.describe import Description
+from offload.plan import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
+from offload.planning import cost
+from offload.planning.cost import Pass
+from offload.planning.facts import ModelFacts
+from offload.planning.machine import Machine
+from offload.planning.predict import Prediction, Workload, chunks_of, placement, predict, simulate
+from offload.planning.routing import draw
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan and what it is predicted to do."""
+
+    plan: Plan
+    prediction: Prediction
+    workload: Workload
+
+
+def choose(
+    described: Description,
+    budgets: Budgets,
+    machine: Machine,
+    workload: Workload,
+    repeat: float = 0.0,
+    overrides: Overrides | None = None,
+) -> Chosen:
+    """The best plan for `workload`. Raises `BudgetError`, `UsageError` as `make_plan` does."""
+    facts = described.facts
+    bound = _Bound(facts, machine, workload, repeat)
+
+    def exact(host: TierPlan, device: TierPlan | None, chunk: int) -> float:
+        return simulate(facts, placement(facts, device, host), chunk, machine, workload, repeat)[0].total_s(workload)
+
+    plan = make_plan(described.layout, described.demand, budgets, Scores(bound, exact), overrides)
+    return Chosen(plan, predict(facts, plan, machine, workload, repeat), workload)
+
+
+class _Bound:
+    """Seconds no schedule can do without, for a placement: the busiest of compute, link and disk."""
+
+    def __init__(self, facts: ModelFacts, machine: Machine, workload: Workload, repeat: float) -> None:
+        self._facts, self._machine, self._workload, self._repeat = facts, machine, workload, repeat
+        self._sizes = {key: n for layer in facts.layers for key, n in layer.parts} | dict(facts.head)
+        self._all = sum(self._sizes.values())
+        self._prefill: dict[int, list[tuple[int, float, list[int]]]] = {}
+        middle = workload.prompt_tokens + workload.new_tokens // 2
+        routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
+        self._expert_bytes = max((y.expert_bytes for y in facts.layers), default=0)
+        steps = max(1, workload.new_tokens - 1)
+        then = draw(routed, (), steps, workload.batch, repeat)[1] if routed else ()
+        each = [m.distances for m in then[len(then) // 2 :]]
+        self._decode = sorted(heapq.merge(*(d for distances in each for d in distances)))
+        self._decode_passes = max(1, len(each))
+        needed = [sum(map(len, layer)) / len(each) for layer in zip(*each, strict=True)] if each else []
+        self._decode_compute = self._compute(Pass(workload.batch, 1, middle), [round(n) for n in needed])
+
+    def __call__(self, host: TierPlan, device: TierPlan | None, chunk: int) -> float:
+        """Lower bound of the request's seconds."""
+        compute = device if device is not None else host
+        streamed = self._all - sum(self._sizes.get(k, 0) for k in compute.pinned)
+        unread = streamed - sum(self._sizes.get(k, 0) for k in host.pinned) if device is not None else streamed
+        slots = compute.expert_slots
+        below = max(slots, host.expert_slots)
+        workload = self._workload
+        total = 0.0
+        for times, seconds, distances in self._passes(chunk):
+            total += times * self._busiest(seconds, streamed, unread, distances, 1, slots, below)
+        step = self._busiest(
+            self._decode_compute, streamed, unread, self._decode, self._decode_passes, slots, below
+        )
+        return total + step * (workload.new_tokens - 1)
+
+    def _busiest(
+        self, compute: float, streamed: float, unread: float, distances: list[int], passes: int, slots: int, below: int
+    ) -> float:
+        machine, n = self._machine, self._expert_bytes
+        up = streamed + (len(distances) - bisect_left(distances, slots)) / passes * n
+        read = unread + (len(distances) - bisect_left(distances, below)) / passes * n
+        link = up / machine.link_bytes_per_s if machine.link_bytes_per_s is not None else 0.0
+        return max(compute, link, read / machine.disk_bytes_per_s)
+
+    def _passes(self, chunk: int) -> list[tuple[int, float, list[int]]]:
+        """(how many, seconds of compute, reuse distances of the experts) of like passes over the prompt."""
+        known = self._prefill.get(chunk)
+        if known is None:
+            facts, workload = self._facts, self._workload
+            chunks = chunks_of(workload, chunk)
+            routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
+            first = draw(routed, tuple(workload.batch * n for n in chunks[:2]), 1, workload.batch, self._repeat)[0]
+            known = []
+            for i, new in enumerate(chunks[:2]):
+                times = 1 if i == 0 else len(chunks) - 1
+                context = 0 if i == 0 else workload.prompt_tokens // 2
+                distances = first[i].distances if i < len(first) else ()
+                seconds = self._compute(Pass(workload.batch, new, context), [len(d) for d in distances])
+                known.append((times, seconds, sorted(heapq.merge(*distances))))
+            self._prefill[chunk] = known
+        return known
+
+    def _compute(self, p: Pass, needed: list[int]) -> float:
+        facts, rates = self._facts, self._machine.rates
+        seconds = rates.step_call_s + cost.head_s(facts, rates, p)
+        distinct = iter(needed)
+        for layer in facts.layers:
+            seconds += cost.layer_s(facts, layer, rates, p)
+            if layer.experts:
+                n = next(distinct, 0)
+                seconds += n * cost.expert_s(facts, layer, rates, p, n)
+        return seconds
