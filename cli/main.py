@@ -31,7 +31,21 @@ def _ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 5,6,7") from None
 
 
-def _common() -> _Parser:
+def _setting(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a choice such as resident_layers=12") from None
+
+
+def _settings(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--set", action="append", type=_setting, default=[], metavar="NAME=N", dest="settings",
+                        help="choose by hand: resident_layers, lookahead, expert_slots, prefill_chunk")  # fmt: skip
+
+
+def _loading() -> _Parser:
+    """What every command that runs a model takes."""
     common = _Parser(add_help=False, allow_abbrev=False)
     common.add_argument("model", nargs="?", metavar="MODEL", help="folder, bundled name or hub id (default: demo-moe)")
     run = common.add_argument_group("running")
@@ -47,6 +61,13 @@ def _common() -> _Parser:
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")
     run.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link (default: 8GB/s)")
     run.add_argument("--trace", metavar="FILE", help="write a timeline that opens in Perfetto")
+    _settings(run)
+    return common
+
+
+def _common() -> _Parser:
+    """What every command that generates text takes."""
+    common = _Parser(add_help=False, allow_abbrev=False, parents=[_loading()])
     sample = common.add_argument_group("choosing tokens")
     sample.add_argument("--max-new-tokens", type=_whole, metavar="N", help="most tokens to generate")
     sample.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (generate's default)")
@@ -80,6 +101,40 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text; may be repeated")
     generate.add_argument("--num-beams", type=_whole, default=1, metavar="N", help="beam search")
     generate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    plan = commands.add_parser(
+        "plan", allow_abbrev=False, help="what would live where, and how fast it would be",
+        description="Say what would live where, how fast that would be and what would help; reads no weights. Knows "
+        "the shapes of some models that are not here, and machines that one does not have.",
+    )  # fmt: skip
+    plan.add_argument("model", nargs="?", metavar="MODEL",
+                      help="folder, bundled or known name, hub id (default: demo-moe)")  # fmt: skip
+    plan.add_argument("--hardware", metavar="NAME|FILE", help="a described machine, e.g. rtx4090-24g (default: this)")
+    plan.add_argument("--ram", metavar="SIZE", help="peak memory of the process (default: what the machine has)")
+    plan.add_argument("--vram", metavar="SIZE", help="peak memory of the device (default: what the machine has)")
+    plan.add_argument("--resident", metavar="SIZE|PERCENT", help="most weight bytes kept in memory, e.g. 50%%")
+    plan.add_argument("--device", default="auto", metavar="auto|cuda|cpu|emulated", help="where to compute")
+    plan.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link")
+    plan.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16", help="compute in this type")
+    plan.add_argument("--batch", type=_whole, default=1, metavar="N", help="sequences at once (default: 1)")
+    plan.add_argument("--prompt-tokens", type=_whole, default=512, metavar="N", help="of each (default: 512)")
+    plan.add_argument("--new-tokens", type=_whole, default=128, metavar="N", help="of each (default: 128)")
+    _settings(plan)
+    plan.add_argument("--svg", metavar="FILE", help="draw the tiers and one step's timeline")
+    plan.add_argument("--device-map", action="store_true", help="print the placement as accelerate's device_map (JSON)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    bench = commands.add_parser(
+        "bench", parents=[_loading()], allow_abbrev=False, help="measure speed, in rows like llama-bench's",
+        description="Measure prompt processing (pp) and generation (tg), beside what was predicted.",
+    )  # fmt: skip
+    bench.add_argument(
+        "-p", "--prompt-tokens", type=_whole, default=512, metavar="N", help="of pp (default: 512; 0: no pp)"
+    )
+    bench.add_argument(
+        "-n", "--new-tokens", type=_whole, default=128, metavar="N", help="of tg (default: 128; 0: no tg)"
+    )
+    bench.add_argument("-b", "--batch", type=_whole, default=1, metavar="N", help="sequences at once (default: 1)")
+    bench.add_argument("-r", "--repetitions", type=_whole, default=5, metavar="N", help="(default: 5)")
+    bench.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
     profile = commands.add_parser(
         "profile", allow_abbrev=False, help="measure this machine",
         description="Measure disk, memory, link and compute. Kept for a month; --fresh measures anew.",

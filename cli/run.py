@@ -24,7 +24,8 @@ def command(args: argparse.Namespace) -> int:
     """Dispatch, and turn errors into one line and an exit code."""
     _quiet_libraries()
     try:
-        return {"chat": _chat, "generate": _generate, "profile": _profile}[args.command](args)
+        commands = {"chat": _chat, "generate": _generate, "plan": _plan, "bench": _bench, "profile": _profile}
+        return commands[args.command](args)
     except Interrupted:
         print("offload: interrupted", file=sys.stderr)
         return Interrupted.exit_code
@@ -50,7 +51,8 @@ def _load(args: argparse.Namespace) -> Model:
     with Progress() as progress:
         return offload.load(
             args.model, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device, dtype=args.dtype,
-            context=args.context, threads=args.threads, link=args.link, trace=args.trace, progress=progress,
+            context=args.context, threads=args.threads, link=args.link, trace=args.trace, overrides=dict(args.settings),
+            progress=progress,
         )  # fmt: skip
 
 
@@ -123,7 +125,10 @@ def _as_json(result: Any) -> dict[str, Any]:
         "load_s": stats.load_s,
         "ttft_s": stats.ttft_s,
         "decode_tokens_per_s": stats.decode_tokens_per_s,
-        "predicted_decode_tokens_per_s": None,
+        "predicted_decode_tokens_per_s": stats.predicted_decode_tokens_per_s,
+        "predicted_ttft_s": stats.predicted_ttft_s,
+        "prediction_error": stats.prediction_error,
+        "learned": stats.learned or None,
         "bottleneck": stats.bottleneck,
         "stall_s": stats.total.stall_s,
         "bytes_read": stats.total.bytes_read,
@@ -151,6 +156,42 @@ def _chat(args: argparse.Namespace) -> int:
         return talk(model, args.system, _sampling(args), _interruptible)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    import offload
+    from cli.picture import draw
+
+    report = offload.plan(
+        args.model, hardware=args.hardware, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device,
+        link=args.link, dtype=args.dtype, batch=args.batch, prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens, overrides=dict(args.settings), alternatives=not args.device_map,
+    )  # fmt: skip
+    if args.svg is not None:
+        try:
+            Path(args.svg).write_text(draw(report), encoding="utf-8")
+        except OSError as e:
+            raise UsageError(f"--svg {args.svg}: {e.strerror}") from e
+    if args.device_map:
+        print(json.dumps(report.device_map))
+    elif args.json:
+        print(json.dumps(report.as_json()))
+    else:
+        print(report.text())
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from cli.bench import table
+    from offload.benchmark import measure
+
+    with _load(args) as model, _interruptible(model):
+        rows = measure(
+            model, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, batch=args.batch,
+            repetitions=args.repetitions, progress=lambda what: print(dim(what, sys.stderr), file=sys.stderr),
+        )  # fmt: skip
+    print(table(rows, args.output), end="")
+    return 0
+
+
 def _profile(args: argparse.Namespace) -> int:
     import offload
     from offload.sizes import format_size
@@ -175,7 +216,17 @@ def _profile(args: argparse.Namespace) -> int:
             f"{c.dtype:9s} x {c.tokens:<4d} {c.weight_bytes_per_s / 1e9:7.2f} GB/s of weights, "
             f"{c.flops_per_s / 1e9:.0f} GFLOP/s"
         )
-    print(f"a layer's call   {p.layer_call_s * 1e6:7.0f} us")
+    print(
+        f"fixed costs      {p.layer_call_s * 1e6:7.0f} us a layer, {p.expert_call_s * 1e6:.0f} an expert, "
+        f"{p.step_call_s * 1e6:.0f} a pass"
+    )
+    print(
+        f"attention        {p.attention_bytes_per_s / 1e9:7.2f} GB/s of KV, {p.attention_flops_per_s / 1e9:.0f} GFLOP/s"
+    )
+    print(
+        f"beside reads     {100 * p.disk_drag:7.0f}% longer"
+        + (f", beside copies {100 * p.link_drag:.0f}%" if p.link else "")
+    )
     for note in p.notes:
         print(f"({note})")
     return 0

@@ -33,6 +33,7 @@ from tiers.errors import (
 if TYPE_CHECKING:
     from offload.hardware import Profile
     from offload.model import Conversation, Generation, Model
+    from offload.planning.report import Report
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,36 @@ def load(
     return Model(Engine(folder, config, progress))
 
 
+def plan(
+    model: str | Path | None = None,
+    *,
+    hardware: str | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    batch: int = 1,
+    alternatives: bool = True,
+    **options: Any,
+) -> Report:
+    """What would live where, how fast that would be, what limits it and what would help. Reads no weights.
+
+    `model` may also be the name of a known model that is not here, or a folder that has only a `config.json`.
+    `hardware` is the name of a described machine or a file that describes one; left out, this machine. Options: `ram`,
+    `vram`, `resident`, `device`, `dtype`, `context`, `link`, `overrides` as for `load`; the workload is `batch`
+    sequences of `prompt_tokens`, continued by `new_tokens` each. Without `alternatives`, batches and what-ifs are left
+    out. Raises `UsageError`, `ModelError`, `BudgetError`.
+    """
+    from offload.config import RunConfig
+
+    config = RunConfig.of(options)
+    for flag, value in (("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 30:
+            raise UsageError(f"--{flag}: {value!r} is not a whole number above zero")
+    from offload.planning.ask import ask
+    from offload.planning.predict import Workload
+
+    return ask(model, hardware, config, Workload(prompt_tokens, new_tokens, batch), alternatives=alternatives)
+
+
 def profile(model: str | Path | None = None, *, fresh: bool = False, **options: Any) -> Profile:
     """Measured speeds of this machine, on the disk that holds `model`; kept for a month unless `fresh`.
 
@@ -95,5 +126,5 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BudgetError", "CheckpointError", "Conversation", "Generation", "Interrupted", "Model", "ModelError",
-    "OffloadError", "ReadError", "UsageError", "load", "profile",
+    "OffloadError", "ReadError", "UsageError", "load", "plan", "profile",
 ]  # fmt: skip

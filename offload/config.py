@@ -21,7 +21,8 @@ class RunConfig:
     what is free; an emulated device needs it, and its memory comes on top of `ram`). `resident`: most weight bytes
     kept in memory, bytes or a percentage of the model (None: as many as fit). `context`: tokens KV is reserved for
     (None: what fits, at most the model's own). `threads`: compute threads (None: all cores). `link`: rate of the
-    emulated device's link, bytes per second. `trace`: file for a timeline.
+    emulated device's link, bytes per second. `trace`: file for a timeline. `overrides`: choices made by hand
+    (`offload.planning.placement.Overrides`).
     """
 
     ram: str | int | None = None
@@ -33,6 +34,7 @@ class RunConfig:
     threads: int | None = None
     link: str = "8GB"
     trace: str | None = None
+    overrides: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):

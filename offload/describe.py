@@ -21,8 +21,8 @@ from offload import hf, plan_cache
 from offload.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint
 from offload.gather import Extent, Gather
 from offload.layout import LaidOut, ModelLayout, lay_out_model
-from offload.plan import Demand
 from offload.planning.facts import ModelFacts, facts_of
+from offload.planning.placement import Demand
 from tiers import Block, ModelError
 
 _FP8_BLOCK = 128 * 128  # weights that share one float32 scale
@@ -41,6 +41,11 @@ class Description:
     demand: Demand
     facts: ModelFacts
     checkpoint: Checkpoint | None
+
+    def for_batch(self, batch: int) -> Description:
+        """KV of several sequences counts together, each as long as the model allows."""
+        own = hf.Shape.of(self.config).max_context
+        return replace(self, demand=replace(self.demand, max_context=own * batch))
 
 
 def describe(folder: Path, dtype_name: str = "auto") -> Description:
@@ -79,7 +84,7 @@ def describe_for_plan(folder: Path, dtype_name: str = "auto") -> Description:
     notes = ["planned from its config; the weights are not here"]
     if quant is not None:
         stored, method = _stored_bytes(quant, dtype, folder)
-        layout = _resize(layout, stored)
+        layout = resize(layout, stored)
         notes.append(f"weights as shipped ({method}), which cannot be run yet")
     return _described(folder, config, model, layout, None, tuple(notes))
 
@@ -131,7 +136,7 @@ def _stored_bytes(quant: dict[str, Any], dtype: torch.dtype, folder: Path) -> tu
     return known[method], method
 
 
-def _resize(layout: ModelLayout, stored: _Bytes) -> ModelLayout:
+def resize(layout: ModelLayout, stored: _Bytes) -> ModelLayout:
     """The same blocks at another size."""
 
     def resized(laid: LaidOut, prefix: str = "") -> LaidOut:

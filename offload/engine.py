@@ -21,16 +21,20 @@ from transformers.cache_utils import Cache
 
 from kvstore import make_cache
 from moe import LayerExperts
-from offload import hf, plan_cache
+from offload import hardware, hf
 from offload.binding import Binder
-from offload.checkpoint import read_checkpoint
 from offload.config import RunConfig
+from offload.describe import describe
 from offload.embedding import RowReader
 from offload.hierarchy import Hierarchy, Progress
-from offload.layout import ExpertGroup, ModelLayout, lay_out_model
-from offload.plan import READERS, Budgets, Demand, Plan, make_plan
+from offload.layout import ExpertGroup
+from offload.planning import calibration
+from offload.planning.calibration import Calibration
+from offload.planning.placement import READERS, Budgets, Overrides, Plan
+from offload.planning.predict import Prediction, Workload, predict
+from offload.planning.search import choose
 from offload.sizes import parse_rate, parse_size
-from offload.stats import StepStats
+from offload.stats import RequestStats, StepStats
 from tiers import (
     CpuDevice,
     CudaDevice,
@@ -71,44 +75,33 @@ class Engine:
         self.on_prefill: Progress | None = None  # told of layers done while a prompt is computed
         self._prefilled = self._prefill_total = 0
         self._lock = threading.RLock()
-        self.hf_config = hf.load_config(folder)
-        checkpoint = read_checkpoint(folder)
-        dtype = hf.compute_dtype(self.hf_config, config.dtype)
-        self.hf = hf.build_skeleton(self.hf_config, dtype)
-        expected = {name: t.shape for name, t in self.hf.state_dict().items()}
-        found = plan_cache.traced(
-            folder, checkpoint, self.hf_config, expected, lambda: hf.trace(self.hf, checkpoint.tensors)
-        )
-        self.layout: ModelLayout = lay_out_model(self.hf, found, dtype)
-        eager = hf.uses_eager_attention(self.hf)
+        self.description = description = describe(folder, config.dtype)
+        self.hf_config, self.hf, self.layout = description.config, description.model, description.layout
+        assert description.checkpoint is not None
         self.device = make_device(config)
-        device_base, vram = _device_budget(config, self.device)
-        self.plan: Plan = make_plan(
-            self.layout,
-            Demand(
-                kv=lambda tokens: hf.kv_bytes(self.hf_config, tokens, dtype.itemsize),
-                activations=lambda new, context: hf.activation_bytes(
-                    self.hf_config, new, context, dtype.itemsize, eager
-                ),
-                max_context=hf.Shape.of(self.hf_config).max_context,
-                whole_prompt=self.hf_config.model_type in hf.NO_CHUNKED_PREFILL,
+        device_base, vram = device_budget(config, self.device)
+        ram = ram_budget(config)
+        self.machine = hardware.machine_of(folder, self.device, ram=ram, vram=vram)
+        self.machine_id = hardware.identity(folder, self.device)
+        self.calibration = calibration.load(self.machine_id, description.facts)
+        budgets = Budgets(
+            ram=ram,
+            base=mem.rss(),
+            vram=vram,
+            device_base=device_base,
+            resident=(
+                parse_size(config.resident, of=self.layout.weight_bytes, flag="--resident")
+                if config.resident is not None
+                else None
             ),
-            Budgets(
-                ram=_ram_budget(config),
-                base=mem.rss(),
-                vram=vram,
-                device_base=device_base,
-                resident=(
-                    parse_size(config.resident, of=self.layout.weight_bytes, flag="--resident")
-                    if config.resident is not None
-                    else None
-                ),
-                context=config.context,
-            ),
+            context=config.context,
         )
+        machine = self.calibration.apply(self.machine)
+        overrides = Overrides.of(config.overrides or {})
+        self.plan: Plan = choose(description, budgets, machine, Workload(), self.calibration.repeat, overrides).plan
         self.steps: list[StepStats] = []
         self.trace = Trace() if config.trace is not None else None
-        self._reader = DirectReader(checkpoint.files)
+        self._reader = DirectReader(description.checkpoint.files)
         try:
             self._memory = Hierarchy(
                 self.layout, self.plan, self._reader, self.device, self.interrupt.is_set, self.trace
@@ -155,6 +148,26 @@ class Engine:
             if keep:
                 out.logits = out.logits[:, -keep:]
             return out
+
+    def predict(self, workload: Workload, known: Calibration | None = None) -> Prediction:
+        """What this plan is expected to do with `workload`, by all that is `known` now (or as given)."""
+        known = known or self.calibration
+        return predict(self.description.facts, self.plan, known.apply(self.machine), workload, known.repeat)
+
+    def learn(self, workload: Workload, stats: RequestStats) -> None:
+        """Compare a request with its prediction, and keep what it teaches for the next plan."""
+        stats.prediction = self.predict(workload)
+        learned = calibration.learn(
+            self.calibration,
+            self.calibration.apply(self.machine).rates,
+            stats.prediction,
+            stats,
+            lambda known: self.predict(workload, known),
+        )
+        if learned is not None:
+            self.calibration = learned
+            stats.learned = learned.reason
+            calibration.save(self.machine_id, self.description.facts, learned)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens per sequence."""
@@ -314,7 +327,7 @@ def make_device(config: RunConfig) -> Device:
     return CudaDevice() if kind == "cuda" else CpuDevice()
 
 
-def _device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
+def device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
     """(what the device takes for itself, its budget or None)."""
     if not device.own_memory:
         return 0, None
@@ -326,7 +339,7 @@ def _device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
     return 0, parse_size(config.vram, of=mem.available(), flag="--vram")
 
 
-def _ram_budget(config: RunConfig) -> int:
+def ram_budget(config: RunConfig) -> int:
     """`--ram` in bytes; by default, and for a percentage, of what is free within the cgroup."""
     if config.ram is None:
         return int(mem.available() * 0.85)  # the rest is for what else runs here

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from offload.layout import LaidOut, ModelLayout
-from offload.plan import READERS, Plan, TierPlan, dense_blocks, expert_pools
+from offload.planning.placement import READERS, Plan, TierPlan, dense_blocks, expert_pools
 from prefetch import CyclicSchedule, Prefetcher
 from tiers import (
     LRU,

@@ -17,7 +17,9 @@ from transformers.cache_utils import Cache
 
 from kvstore import rollback
 from offload.engine import Engine
-from offload.plan import Plan
+from offload.planning.explain import explain
+from offload.planning.placement import Plan
+from offload.planning.predict import Workload
 from offload.sampling import Sampling
 from offload.stats import RequestStats
 from tiers import Interrupted, ModelError, UsageError
@@ -48,6 +50,7 @@ class Model:
         self.engine = engine
         self.tokenizer = _load_tokenizer(engine.folder)
         self.stats = RequestStats()
+        self._warm = False  # whether an earlier request has filled the expert cache
         self._generation_config = _generation_config(engine)
 
     @property
@@ -59,6 +62,12 @@ class Model:
     def plan(self) -> Plan:
         """What lives where."""
         return self.engine.plan
+
+    def explain(self) -> str:
+        """What lives where, what that is predicted to do, what limits it, and how the last request compared."""
+        e = self.engine
+        workload = Workload()
+        return explain(e.description, e.plan, e.machine, e.calibration, e.predict(workload), workload, self.stats)
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
         """Continue `prompt`; a list gives a list. Options as for `run`."""
@@ -169,6 +178,7 @@ class Model:
         result = Generation([], [], [], stats, notes)
         clock = _Clock(began)
         self.engine.steps.clear()
+        past = cache.get_seq_length() if cache is not None else 0
         try:
             for at in range(0, len(ids), at_once):
                 self._run_batch(ids[at : at + at_once], room, sampling, stops, num_beams, ignore_eos, on_text, cache,
@@ -177,6 +187,10 @@ class Model:
             self._count(stats, clock, sum(map(len, ids)), began)
             stats.sequences = len(ids)
             stats.new_tokens = sum(map(len, result.token_ids)) or clock.generated
+        if num_beams == 1 and len(ids) <= at_once:
+            new = max(map(len, result.token_ids))
+            warm, self._warm = self._warm, True
+            self.engine.learn(Workload(longest - past, new, len(ids), past, warm), stats)
         return result
 
     def close(self) -> None:
@@ -242,6 +256,8 @@ class Model:
             else:
                 stats.decode += step
         stats.peak_rss_bytes = mem.peak_rss()
+        stats.experts = self.plan.experts_total > 0
+        stats.prefill_pass_tokens = self.engine.steps[0].tokens if self.engine.steps else 0
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

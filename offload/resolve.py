@@ -8,6 +8,7 @@ from pathlib import Path
 from tiers import ModelError, UsageError
 
 _BUNDLED = Path(__file__).parent / "models"
+_KNOWN = Path(__file__).parent / "known"  # configs only
 DEFAULT = "demo-moe"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 # weights as safetensors only, and what config and tokenizer need; never code, never pickles
@@ -41,12 +42,31 @@ def resolve(model: str | Path | None) -> Path:
     return _from_hub(name)
 
 
-def _from_hub(name: str) -> Path:
+def known() -> list[str]:
+    """Names of models whose shape is known though they are not here."""
+    return sorted(p.name for p in _KNOWN.iterdir() if (p / "config.json").is_file()) if _KNOWN.is_dir() else []
+
+
+def resolve_for_plan(model: str | Path | None) -> Path:
+    """A folder with at least the model's config; never downloads weights. Raises `ModelError` in one line."""
+    name = str(model) if model is not None else DEFAULT
+    by_name = {k.lower(): k for k in known()}
+    short = name.rpartition("/")[2].lower()
+    if name in bundled() or isinstance(model, Path) or Path(name).expanduser().exists():
+        return resolve(model)
+    if short in by_name and (short == name.lower() or _HUB_ID.fullmatch(name)):
+        return _KNOWN / by_name[short]
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"there is no folder {name} and no model of that name is known ({', '.join(known())})")
+    return _from_hub(name, ["config.json"])
+
+
+def _from_hub(name: str, wanted: list[str] = _WANTED) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except GatedRepoError as e:
         raise ModelError(f"{name} is gated: accept its licence on the hub and log in with `hf auth login`") from e
     except LocalEntryNotFoundError as e:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from offload.planning.predict import Prediction
 
 
 @dataclass(slots=True)
@@ -44,6 +48,10 @@ class RequestStats:
     decode: StepStats = field(default_factory=StepStats)
     peak_rss_bytes: int = 0
     budget_bytes: int = 0
+    experts: bool = False
+    prefill_pass_tokens: int = 0  # of the first pass over the prompt, all sequences together
+    prediction: Prediction | None = None  # None where none is made: beam search, several batches in one call
+    learned: str = ""  # what this run corrected for the next plan, and why
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -51,6 +59,22 @@ class RequestStats:
         if self.new_tokens <= self.sequences or self.decode_s <= 0:
             return None
         return (self.new_tokens - self.sequences) / self.decode_s
+
+    @property
+    def predicted_decode_tokens_per_s(self) -> float | None:
+        """What was predicted for `decode_tokens_per_s`."""
+        return self.prediction.decode_tokens_per_s if self.prediction is not None else None
+
+    @property
+    def predicted_ttft_s(self) -> float | None:
+        """What was predicted for `ttft_s`."""
+        return self.prediction.ttft_s if self.prediction is not None else None
+
+    @property
+    def prediction_error(self) -> float | None:
+        """Predicted over measured decode rate, less 1; None without either."""
+        predicted, measured = self.predicted_decode_tokens_per_s, self.decode_tokens_per_s
+        return predicted / measured - 1 if predicted is not None and measured is not None else None
 
     @property
     def total(self) -> StepStats:
@@ -73,7 +97,9 @@ class RequestStats:
         rate = self.decode_tokens_per_s
         parts = [f"{self.new_tokens} tokens", f"first after {self.ttft_s:.2f} s"]
         if rate is not None:
-            parts.append(f"{rate:.1f} tokens/s")
+            predicted = self.predicted_decode_tokens_per_s
+            told = f" (predicted {predicted:.3g})" if predicted is not None else ""
+            parts.append(f"{rate:.3g} tokens/s{told}")
         if self.total.bytes_read >= 1 << 20:
             parts.append(f"{self.total.bytes_read / max(1, self.new_tokens) / 1e6:.1f} MB read per token")
         if self.hit_rate is not None:

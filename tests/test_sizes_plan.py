@@ -18,7 +18,7 @@ from offload.config import RunConfig
 from offload.engine import Engine, Sequences
 from offload.gather import Extent, Gather
 from offload.layout import ExpertGroup, LaidOut, LayerLayout, ModelLayout, Table
-from offload.plan import (
+from offload.planning.placement import (
     MIN_CONTEXT,
     READERS,
     RESERVE,

@@ -12,21 +12,25 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tiers.arena import Arena
+from tiers.arena import Arena, Slot
 from tiers.block import Segment, page_up
 from tiers.device import Device
 from tiers.reader import DirectReader
 
 REQUESTS = (4 << 10, 128 << 10, 1 << 20)
 DEPTHS = (1, 4, 8)
-TOKENS = (1, 4, 16, 128)  # decode, small batches, prefill
+TOKENS = (1, 2, 4, 8, 16, 32, 128, 512)  # decode, small batches, prefill
 _BUFFERS = 64 << 20
-MATRIX = (4096, 4096)  # a typical projection; larger than any cache at two bytes
+LARGE, SMALL = (4096, 4096), (1024, 1024)  # two sizes tell a product's fixed cost from its rate
+ROUGH = ((2048, 2048), (512, 512))  # for a first look that must not take memory or time
+_WORKING_SET = 64 << 20  # bytes of matrices used in turn: one alone would stay in the cache and read too fast
+_READING_S = 0.2  # most time for one reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +46,15 @@ class DiskReading:
 
 @dataclass(frozen=True, slots=True)
 class ComputeReading:
-    """A product of `tokens` rows with a `MATRIX` of `dtype`: operations and weight bytes per second."""
+    """Products of `tokens` rows with matrices of `dtype`: operations and weight bytes per second, and what a product
+    costs whatever its size (starting the threads, for one)."""
 
     device: str
     dtype: str
     tokens: int
     flops_per_s: float
     weight_bytes_per_s: float
+    call_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +66,19 @@ class LinkReading:
     pageable_up_bytes_per_s: float
 
 
-def disk(path: Path, seconds: float = 0.25) -> list[DiskReading]:
-    """Direct reads of the file at `path`, by request size and depth. Files under 8 MiB give nothing."""
+def disk(path: Path, seconds: float = 0.25, cases: Sequence[tuple[int, int, bool]] | None = None) -> list[DiskReading]:
+    """Direct reads of the file at `path`, by request size and depth. Files under 8 MiB give nothing.
+
+    `cases` are (bytes, depth, sequential); by default each size at each depth, the large ones sequential, and the
+    largest at random too.
+    """
     size = path.stat().st_size
     if size < 8 << 20:
         return []
-    readings = [_disk(path, size, request, depth, request >= 1 << 20, seconds) for request in REQUESTS
-                for depth in DEPTHS]  # fmt: skip
-    readings.append(_disk(path, size, 1 << 20, max(DEPTHS), False, seconds))
-    return readings
+    if cases is None:
+        cases = [(request, depth, request >= 1 << 20) for request in REQUESTS for depth in DEPTHS]
+        cases = [*cases, (1 << 20, max(DEPTHS), False)]
+    return [_disk(path, size, request, depth, sequential, seconds) for request, depth, sequential in cases]
 
 
 def _disk(path: Path, size: int, request: int, depth: int, sequential: bool, seconds: float) -> DiskReading:
@@ -117,28 +127,112 @@ def memory_bandwidth(nbytes: int = 256 << 20, repeats: int = 5) -> float:
     return nbytes / _median(lambda: source.sum(), repeats)
 
 
-def compute(device: Device, dtypes: Sequence[torch.dtype], repeats: int = 5) -> list[ComputeReading]:
-    """Products of a few rows with a matrix, by dtype and number of rows."""
+def compute(
+    device: Device,
+    dtypes: Sequence[torch.dtype],
+    repeats: int = 5,
+    tokens: Sequence[int] = TOKENS,
+    sizes: tuple[tuple[int, int], tuple[int, int]] = (LARGE, SMALL),
+    working_set: int = _WORKING_SET,
+) -> list[ComputeReading]:
+    """Products of a few rows with matrices of two sizes, by dtype and number of rows."""
     where = device.torch_device
     readings = []
     for dtype in dtypes:
-        # several matrices in turn: one alone would stay in the cache and read too fast
-        weights = [torch.randn(*MATRIX, device=where).to(dtype) for _ in range(4)]
-        nbytes = weights[0].numel() * dtype.itemsize
-        for tokens in TOKENS:
-            x = torch.randn(tokens, MATRIX[1], device=where).to(dtype)
+        matrices = []
+        for rows, columns in sizes:
+            copies = max(1, working_set // (rows * columns * dtype.itemsize))
+            matrices.append([torch.randn(rows, columns, device=where).to(dtype) for _ in range(copies)])
+        for n in tokens:
+            each = []
+            for (_, columns), weights in zip(sizes, matrices, strict=True):
+                x = torch.randn(n, columns, device=where).to(dtype)
 
-            def work(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
-                for w in weights:
-                    torch.nn.functional.linear(x, w)
-                if where.type == "cuda":
-                    torch.cuda.synchronize(where)
+                def work(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
+                    for w in weights:
+                        torch.nn.functional.linear(x, w)
+                    if where.type == "cuda":
+                        torch.cuda.synchronize(where)
 
-            took = _median(work, repeats) / len(weights)
-            flops = 2 * tokens * MATRIX[0] * MATRIX[1] / took
+                each.append(_median(work, repeats, _READING_S) / len(weights))
+            large, small = (rows * columns * dtype.itemsize for rows, columns in sizes)
+            per_byte = max((each[0] - each[1]) / (large - small), 0.5 * each[0] / large)
+            call = max(0.0, each[0] - large * per_byte)
             name = str(dtype).removeprefix("torch.")
-            readings.append(ComputeReading(device.kind, name, tokens, flops, nbytes / took))
+            rate = 1 / per_byte
+            readings.append(ComputeReading(device.kind, name, n, 2 * n * rate / dtype.itemsize, rate, call))
     return readings
+
+
+def drag(device: Device, beside: Callable[[], object], seconds: float = 0.4) -> float:
+    """How many seconds longer compute takes per second that `beside` (a transfer, called over and over) runs with it.
+
+    Compute is one row times matrices in bfloat16: the case that needs memory bandwidth most.
+    """
+    where = device.torch_device
+    weights = [torch.randn(*LARGE, device=where).to(torch.bfloat16) for _ in range(4)]
+    x = torch.randn(1, LARGE[1], device=where).to(torch.bfloat16)
+
+    def work() -> None:
+        for w in weights:
+            torch.nn.functional.linear(x, w)
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+
+    def rate() -> float:
+        count, began = 0, time.perf_counter()
+        while (now := time.perf_counter()) - began < seconds / 2:
+            work()
+            count += 1
+        return count / (now - began)
+
+    rate()
+    alone = rate()
+    stop = threading.Event()
+
+    def move() -> None:
+        while not stop.is_set():
+            beside()
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    try:
+        rate()
+        together = rate()
+    finally:
+        stop.set()
+        thread.join()
+    return max(0.0, alone / together - 1)
+
+
+class Reading:
+    """Reads of a file as the runtime makes them, for as long as `once` is called: eight requests of 1 MiB at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = DirectReader([path])
+        self._count = max(1, path.stat().st_size // (1 << 20))
+        arena = Arena(_BUFFERS)
+        self._slots = [arena.allocate(1 << 20) for _ in range(max(DEPTHS))]
+        self._pool = ThreadPoolExecutor(max(DEPTHS))
+        self._at = 0
+
+    def once(self) -> None:
+        """64 MiB."""
+        todo = iter(range(self._at, self._at + 64))
+        self._at += 64
+
+        def work(slot: Slot) -> None:
+            for at in todo:
+                segment = Segment(0, at % self._count << 20, 1 << 20, 0, None, padded=True)
+                for piece in self._reader.split(segment, slot):
+                    self._reader.read(piece, slot)
+
+        list(self._pool.map(work, self._slots))
+
+    def close(self) -> None:
+        """Close the file and end the threads."""
+        self._pool.shutdown()
+        self._reader.close()
 
 
 def link(device: Device, nbytes: int = 64 << 20, repeats: int = 3) -> LinkReading | None:
@@ -183,11 +277,14 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def _median(work: Callable[[], object], repeats: int) -> float:
+def _median(work: Callable[[], object], repeats: int, most_s: float = float("inf")) -> float:
+    first = time.perf_counter()
     work()  # the first one pays for pages and libraries
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         began = time.perf_counter()
+        if times and began - first > most_s:
+            break
         work()
         times.append(time.perf_counter() - began)
     return statistics.median(times)

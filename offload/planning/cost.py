@@ -5,13 +5,14 @@ Each term is work over a rate of `machine.Rates`; nothing is added that has no n
 ===================  ==========================================  =======================================
 term                 work                                        rate
 ===================  ==========================================  =======================================
-products             bytes of matrices × tokens                  `linear`, measured per dtype and tokens
+products             bytes of matrices, and how many             `linear`, measured per dtype and tokens
 attention, memory    KV bytes of the tokens attended to          `attention_bytes_per_s`
 attention, products  4 × heads × head_dim per (query, context)   `attention_flops_per_s`
 elementwise          tokens × hidden                             `elementwise_s`
 calls                layers, experts, passes                     `layer_call_s`, `expert_call_s`, `step_call_s`
 ===================  ==========================================  =======================================
 
+The sum is multiplied with `correction`, what earlier runs of this model on this machine took over what was predicted.
 Not covered: waiting for bytes (`offload.planning.timeline`).
 """
 
@@ -39,9 +40,9 @@ class Pass:
 
 def layer_s(facts: ModelFacts, layer: LayerFacts, rates: Rates, p: Pass) -> float:
     """Seconds of a layer without its experts."""
-    seconds = rates.layer_call_s + rates.linear_s(facts.dtype, layer.matrix_bytes, p.tokens)
+    seconds = rates.layer_call_s + rates.linear_s(facts.dtype, layer.matrix_bytes, p.tokens, layer.matrices)
     seconds += rates.elementwise_s * p.tokens * facts.hidden
-    return seconds + attention_s(layer, rates, p)
+    return (seconds + attention_s(layer, rates, p)) * rates.correction(p.tokens)
 
 
 def attention_s(layer: LayerFacts, rates: Rates, p: Pass) -> float:
@@ -59,9 +60,10 @@ def expert_s(facts: ModelFacts, layer: LayerFacts, rates: Rates, p: Pass, distin
     if not distinct:
         return 0.0
     each = max(1.0, p.tokens * layer.top_k / distinct)
-    return rates.expert_call_s + rates.linear_s(facts.dtype, layer.expert_bytes, each)
+    seconds = rates.expert_call_s + rates.linear_s(facts.dtype, layer.expert_bytes, each, layer.expert_matrices)
+    return seconds * rates.correction(p.tokens)
 
 
 def head_s(facts: ModelFacts, rates: Rates, p: Pass) -> float:
     """Seconds of the output matrix: only each sequence's last token is projected."""
-    return rates.linear_s(facts.dtype, facts.head_bytes, p.sequences)
+    return rates.linear_s(facts.dtype, facts.head_bytes, p.sequences) * rates.correction(p.tokens)

@@ -19,14 +19,17 @@ class LayerFacts:
     """One decoder layer. Bytes are as held in memory.
 
     `parts` are the bytes of its dense blocks by key, `matrix_bytes` those of its dense weights that take part in
-    products. `kv_bytes` is per token of context, at most `window` tokens of it if there is a window; `state_bytes` is
-    per sequence, whatever its length. `attention_flops` is per pair of a query and a context token.
+    products, `matrices` of them; an expert has `expert_matrices`. `kv_bytes` is per token of context, at most `window`
+    tokens of it if there is a window; `state_bytes` is per sequence, whatever its length. `attention_flops` is per pair
+    of a query and a context token.
     """
 
     parts: tuple[tuple[str, int], ...]
     matrix_bytes: int
+    matrices: int
     experts: int
     expert_bytes: int
+    expert_matrices: int
     top_k: int
     kv_bytes: int
     window: int | None
@@ -101,15 +104,17 @@ def facts_of(layout: ModelLayout, config: PreTrainedConfig, name: str, notes: tu
         cache = caches[number] if number < len(caches) else hf.LayerCache(0, None, 0)
         groups = layer.experts
         experts = [e.block.nbytes for g in groups for e in g.blocks]
-        matrices = sum(s.nbytes for part in layer.dense for s in part.specs if len(s.shape) >= 2)
+        matrices = [s.nbytes for part in layer.dense for s in part.specs if len(s.shape) >= 2]
         held = sum(part.block.nbytes for part in layer.dense)
         whole = sum(s.nbytes for part in layer.dense for s in part.specs)
         layers.append(
             LayerFacts(
                 parts=tuple((part.block.key, part.block.nbytes) for part in layer.dense),
-                matrix_bytes=round(matrices * held / whole) if whole else 0,
+                matrix_bytes=round(sum(matrices) * held / whole) if whole else 0,
+                matrices=len(matrices),
                 experts=len(experts),
                 expert_bytes=max(experts, default=0),
+                expert_matrices=sum(len(s.shape) >= 2 for g in groups[:1] for s in g.blocks[0].specs),
                 top_k=sum(g.top_k for g in groups),
                 kv_bytes=cache.per_token,
                 window=cache.window,

@@ -21,6 +21,7 @@ _GRID = tuple(1 << i for i in range(14))  # tokens at which a described machine'
 _SINGLE_SHARE = 1 / 8  # float32 products over bfloat16 ones on tensor cores, TF32 left off as torch does
 # Python's share of a step where nothing was measured: order of magnitude of the machines this was written on
 _EXPERT_CALL_S, _STEP_CALL_S = 60e-6, 1e-3
+_ALIKE = 4  # passes whose tokens differ by no more are slowed by the same things
 _LINK_LATENCY_S = 20e-6  # of one copy; data sheets do not give it
 
 
@@ -28,30 +29,40 @@ _LINK_LATENCY_S = 20e-6  # of one copy; data sheets do not give it
 class Rates:
     """Speeds of the place where compute happens.
 
-    `linear[dtype]` are (tokens, seconds per weight byte) of a matrix product, ascending in tokens. `layer_call_s`,
-    `expert_call_s` and `step_call_s` are fixed costs of a decoder layer's call, of one expert's and of one pass.
-    `elementwise_s` is per token and hidden element of a layer: norms, activations, residuals.
+    `linear[dtype]` are (tokens, seconds per weight byte, seconds per product) of matrix products, ascending in tokens.
+    `layer_call_s`, `expert_call_s` and `step_call_s` are fixed costs of a decoder layer's call, of one expert's and of
+    one pass. `elementwise_s` is per token and hidden element of a layer: norms, activations, residuals.
+    `corrections` are (tokens, factor) by which this model's passes were seen to differ, ascending in tokens.
     """
 
-    linear: Mapping[str, tuple[tuple[int, float], ...]]
+    linear: Mapping[str, tuple[tuple[int, float, float], ...]]
     attention_bytes_per_s: float
     attention_flops_per_s: float
     elementwise_s: float
     layer_call_s: float
     expert_call_s: float
     step_call_s: float
+    corrections: tuple[tuple[int, float], ...] = ()
 
-    def linear_s(self, dtype: str, nbytes: float, tokens: float) -> float:
-        """Seconds for `tokens` rows times `nbytes` of weights: interpolated between what was measured."""
+    def linear_s(self, dtype: str, nbytes: float, tokens: float, products: int = 1) -> float:
+        """Seconds for `tokens` rows times `nbytes` of weights in `products` matrices: interpolated between readings."""
         points = self.linear.get(dtype) or self.linear["bfloat16"]
         if tokens <= points[0][0]:
-            return nbytes * points[0][1]
+            return nbytes * points[0][1] + products * points[0][2]
         if tokens >= points[-1][0]:
-            return nbytes * points[-1][1] * tokens / points[-1][0]
+            return nbytes * points[-1][1] * tokens / points[-1][0] + products * points[-1][2]
         i = bisect.bisect_right([p[0] for p in points], tokens)
-        (t0, s0), (t1, s1) = points[i - 1], points[i]
+        (t0, s0, c0), (t1, s1, c1) = points[i - 1], points[i]
         share = math.log(tokens / t0) / math.log(t1 / t0)
-        return nbytes * math.exp(math.log(s0) + share * math.log(s1 / s0))
+        per_byte = s0 * math.exp(share * math.log(s1 / s0))
+        return nbytes * per_byte + products * (c0 + share * (c1 - c0))
+
+    def correction(self, tokens: int) -> float:
+        """What passes of about `tokens` were seen to take over what is computed here; 1 where nothing was seen."""
+        near = min(self.corrections, key=lambda c: abs(math.log(c[0] / tokens)), default=None)
+        if near is None or not tokens / _ALIKE <= near[0] <= tokens * _ALIKE:
+            return 1.0
+        return near[1]
 
 
 @dataclass(frozen=True)
@@ -74,19 +85,13 @@ class Machine:
     link_drag: float = 0.0
     measured: bool = True
     assumptions: tuple[str, ...] = field(default_factory=tuple)
+    host_rates: Rates | None = None  # of a described machine that has a device: computing without it
 
-    def with_disk(self, bytes_per_s: float) -> Machine:
-        """The same machine with another disk."""
-        return replace(self, disk_bytes_per_s=bytes_per_s)
-
-    def slower(self, compute: float) -> Machine:
-        """The same machine with every cost of compute multiplied."""
-        r = self.rates
-        linear = {d: tuple((t, s * compute) for t, s in points) for d, points in r.linear.items()}
-        return replace(self, rates=Rates(
-            linear, r.attention_bytes_per_s / compute, r.attention_flops_per_s / compute, r.elementwise_s * compute,
-            r.layer_call_s * compute, r.expert_call_s * compute, r.step_call_s * compute,
-        ))  # fmt: skip
+    def without_device(self) -> Machine:
+        """The same machine, computing on its processor."""
+        if self.host_rates is None:
+            return self
+        return replace(self, vram_bytes=0, link_bytes_per_s=None, rates=self.host_rates, host_rates=None)
 
 
 def names() -> list[str]:
@@ -138,24 +143,29 @@ def _from_entry(name: str, e: Mapping[str, Any]) -> Machine:
 
     vram = int(number("vram_bytes"))
     device = vram > 0 or bool(e.get("unified"))
-    memory = number("device_memory_bytes_per_s" if device else "memory_bytes_per_s")
-    half = number("device_flops_per_s" if device else "cpu_bfloat16_flops_per_s")
-    single = half * _SINGLE_SHARE if device else number("cpu_float32_flops_per_s")
-    if min(memory, half, single, number("disk_bytes_per_s"), number("ram_bytes")) <= 0:
+
+    def rates(memory: float, half: float, single: float) -> Rates:
+        if min(memory, half, single) <= 0:
+            raise ValueError("a speed of zero")
+        return Rates(
+            linear={
+                dtype: tuple((t, max(1 / memory, 2 * t / itemsize / flops), 0.0) for t in _GRID)
+                for dtype, itemsize, flops in (("bfloat16", 2, half), ("float16", 2, half), ("float32", 4, single))
+            },
+            attention_bytes_per_s=memory,
+            attention_flops_per_s=half / 2,
+            elementwise_s=24 / memory,
+            layer_call_s=number("layer_call_s"),
+            expert_call_s=_EXPERT_CALL_S,
+            step_call_s=_STEP_CALL_S,
+        )
+
+    on_host = rates(number("memory_bytes_per_s"), number("cpu_bfloat16_flops_per_s"), number("cpu_float32_flops_per_s"))
+    if device:
+        half = number("device_flops_per_s")
+        used = rates(number("device_memory_bytes_per_s"), half, half * _SINGLE_SHARE)
+    if min(number("disk_bytes_per_s"), number("ram_bytes")) <= 0:
         raise ValueError("a speed or size of zero")
-    linear = {
-        dtype: tuple((t, max(1 / memory, 2 * t / itemsize / flops)) for t in _GRID)
-        for dtype, itemsize, flops in (("bfloat16", 2, half), ("float16", 2, half), ("float32", 4, single))
-    }
-    rates = Rates(
-        linear=linear,
-        attention_bytes_per_s=memory,
-        attention_flops_per_s=half / 2,
-        elementwise_s=24 / memory,
-        layer_call_s=number("layer_call_s"),
-        expert_call_s=_EXPERT_CALL_S,
-        step_call_s=_STEP_CALL_S,
-    )
     return Machine(
         name=name,
         ram_bytes=int(number("ram_bytes")),
@@ -164,7 +174,8 @@ def _from_entry(name: str, e: Mapping[str, Any]) -> Machine:
         disk_latency_s=number("disk_latency_s"),
         link_bytes_per_s=number("link_up_bytes_per_s") if vram else None,
         link_latency_s=_LINK_LATENCY_S,
-        rates=rates,
+        rates=used if device else on_host,
+        host_rates=on_host if device else None,
         measured=False,
         assumptions=(
             "simulated: speeds from data sheets, derated as machines.json says",

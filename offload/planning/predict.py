@@ -7,29 +7,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from offload.plan import Plan, TierPlan
 from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
+from offload.planning.placement import Plan, TierPlan
 from offload.planning.routing import PassMisses, draw
 from offload.planning.timeline import Placement, Streams, Timeline, Usage
 
+_ALL = 1 << 61  # slots for every expert, filled beforehand
 _SAMPLED = 8  # passes simulated of a long prompt; the others are like their neighbours
 _DENSE_STEPS = 3  # decode steps simulated where nothing is random; the first one is not counted
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is to be run: `batch` sequences of `prompt_tokens`, each continued by `new_tokens`."""
+    """What is to be run: `batch` sequences of `prompt_tokens`, each continued by `new_tokens`.
+
+    `past_tokens` of each are in the KV cache already; `warm`: an earlier request has filled the expert cache.
+    """
 
     prompt_tokens: int = 512
     new_tokens: int = 128
     batch: int = 1
+    past_tokens: int = 0
+    warm: bool = False
 
     @property
     def context(self) -> int:
         """Tokens of KV, all sequences together."""
-        return self.batch * (self.prompt_tokens + self.new_tokens)
+        return self.batch * (self.past_tokens + self.prompt_tokens + self.new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,9 @@ def placement(facts: ModelFacts, device: TierPlan | None, host: TierPlan) -> Pla
         held = set(host.pinned)
         below = Streams(tuple(b for b in away if b[0] not in held), host.stream.count if host.stream else 0)
     streams = Streams(away, compute.stream.count if compute.stream else 0)
-    return Placement(streams, below, compute.expert_slots, host.expert_slots if device is not None else 0)
+    slots = compute.expert_slots
+    loaded = not away and slots == facts.experts  # nothing moves any more: experts are there before the first pass
+    return Placement(streams, below, _ALL if loaded else slots, host.expert_slots if device is not None else 0)
 
 
 def predict(facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, repeat: float = 0.0) -> Prediction:
@@ -90,10 +98,10 @@ def simulate(
     routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
     if routed:
         tokens = tuple(workload.batch * n for n in chunks)
-        first, then = draw(routed, tokens, steps, workload.batch, repeat)
+        first, then = draw(routed, tokens, steps, workload.batch, repeat, workload.warm)
     timeline = Timeline(facts, machine, where)
     prefill = Usage()
-    past = 0
+    past = workload.past_tokens
     stride = max(1, -(-len(chunks) // _SAMPLED))
     for i in range(0, len(chunks), stride):
         group = chunks[i : i + stride]
@@ -117,6 +125,16 @@ def simulate(
     return prediction, timeline
 
 
+def last_step(
+    facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, repeat: float = 0.0
+) -> list[tuple[str, str, float, float]]:
+    """(lane, name, start, end) of the last decode step simulated, from its own start, in seconds."""
+    where = placement(facts, plan.device, plan.host)
+    _, timeline = simulate(facts, where, plan.prefill_chunk, machine, workload, repeat)
+    began = timeline.last_began
+    return [(lane, name, max(0.0, a - began), b - began) for lane, name, a, b in timeline.slices if b > began]
+
+
 def chunks_of(workload: Workload, chunk: int) -> list[int]:
     """New tokens per sequence of each pass over the prompt, as the engine cuts it."""
     each = max(1, chunk // workload.batch)
@@ -126,7 +144,7 @@ def chunks_of(workload: Workload, chunk: int) -> list[int]:
 
 def _decode(timeline: Timeline, workload: Workload, steps: int, misses: tuple[PassMisses, ...]) -> Usage:
     """A mean decode step."""
-    middle = workload.prompt_tokens + steps // 2
+    middle = workload.past_tokens + workload.prompt_tokens + steps // 2
     if not misses:
         count = _DENSE_STEPS if steps > 1 else 1
         runs = [timeline.run(Pass(workload.batch, 1, middle), None) for _ in range(count)]

@@ -36,11 +36,17 @@ class PassMisses:
 
 @functools.lru_cache(maxsize=32)
 def draw(
-    layers: tuple[tuple[int, int], ...], prefill: tuple[int, ...], decode: int, batch: int, repeat: float
+    layers: tuple[tuple[int, int], ...],
+    prefill: tuple[int, ...],
+    decode: int,
+    batch: int,
+    repeat: float,
+    warm: bool = False,
 ) -> tuple[tuple[PassMisses, ...], tuple[PassMisses, ...]]:
     """(prefill passes, decode passes) for `layers` of (experts, top_k) each.
 
     `prefill` are the tokens of each pass over the prompt, `decode` the number of steps of `batch` tokens drawn at most.
+    `warm`: an earlier request has filled the cache; otherwise it begins empty.
     """
     per_step = sum(min(e, k * batch) for e, k in layers)
     whole = sum(e for e, _ in layers)
@@ -86,5 +92,10 @@ def draw(
             out.append(touch(number, chosen))
         return PassMisses(tuple(out))
 
+    if warm:
+        every = [(number, e) for number, (experts, _) in enumerate(layers) for e in range(experts)]
+        rng.shuffle(every)
+        for number, e in every:
+            touch(number, {e})
     first = tuple(run(n, stepping=False) for n in prefill)
     return first, tuple(run(batch, stepping=True) for _ in range(steps))

@@ -12,11 +12,11 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from offload.describe import Description
-from offload.plan import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
 from offload.planning import cost
 from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
+from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
 from offload.planning.predict import Prediction, Workload, chunks_of, placement, predict, simulate
 from offload.planning.routing import draw
 
@@ -57,11 +57,11 @@ class _Bound:
         self._sizes = {key: n for layer in facts.layers for key, n in layer.parts} | dict(facts.head)
         self._all = sum(self._sizes.values())
         self._prefill: dict[int, list[tuple[int, float, list[int]]]] = {}
-        middle = workload.prompt_tokens + workload.new_tokens // 2
+        middle = workload.past_tokens + workload.prompt_tokens + workload.new_tokens // 2
         routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
         self._expert_bytes = max((y.expert_bytes for y in facts.layers), default=0)
         steps = max(1, workload.new_tokens - 1)
-        then = draw(routed, (), steps, workload.batch, repeat)[1] if routed else ()
+        then = draw(routed, (), steps, workload.batch, repeat, workload.warm)[1] if routed else ()
         each = [m.distances for m in then[len(then) // 2 :]]
         self._decode = sorted(heapq.merge(*(d for distances in each for d in distances)))
         self._decode_passes = max(1, len(each))
@@ -79,9 +79,7 @@ class _Bound:
         total = 0.0
         for times, seconds, distances in self._passes(chunk):
             total += times * self._busiest(seconds, streamed, unread, distances, 1, slots, below)
-        step = self._busiest(
-            self._decode_compute, streamed, unread, self._decode, self._decode_passes, slots, below
-        )
+        step = self._busiest(self._decode_compute, streamed, unread, self._decode, self._decode_passes, slots, below)
         return total + step * (workload.new_tokens - 1)
 
     def _busiest(
@@ -100,11 +98,13 @@ class _Bound:
             facts, workload = self._facts, self._workload
             chunks = chunks_of(workload, chunk)
             routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
-            first = draw(routed, tuple(workload.batch * n for n in chunks[:2]), 1, workload.batch, self._repeat)[0]
+            first = draw(
+                routed, tuple(workload.batch * n for n in chunks[:2]), 1, workload.batch, self._repeat, workload.warm
+            )[0]
             known = []
             for i, new in enumerate(chunks[:2]):
                 times = 1 if i == 0 else len(chunks) - 1
-                context = 0 if i == 0 else workload.prompt_tokens // 2
+                context = workload.past_tokens + (0 if i == 0 else workload.prompt_tokens // 2)
                 distances = first[i].distances if i < len(first) else ()
                 seconds = self._compute(Pass(workload.batch, new, context), [len(d) for d in distances])
                 known.append((times, seconds, sorted(heapq.merge(*distances))))

@@ -14,8 +14,8 @@ from offload.planning import cost
 from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
+from offload.planning.placement import READERS
 from offload.planning.routing import PassMisses
-from offload.plan import READERS
 from prefetch import CyclicSchedule, Prefetcher
 from tiers import CHUNK, NextUse
 
@@ -157,6 +157,7 @@ class Timeline:
         self._placement = placement
         self._clock = Clock()
         self.compute: list[tuple[str, str, float, float]] = []
+        self.last_began = 0.0  # when the latest pass began
         self._disk = _Link("disk", machine.disk_bytes_per_s, machine.disk_latency_s)
         self._link: _Link | None = None
         self._sizes: Mapping[str, int] = dict(placement.compute.blocks)
@@ -180,15 +181,11 @@ class Timeline:
         """(lane, name, start, end) of everything so far."""
         return [*self.compute, *self._disk.slices, *(self._link.slices if self._link else ())]
 
-    @property
-    def now(self) -> float:
-        """Virtual seconds since the start."""
-        return self._clock.now
-
     def run(self, p: Pass, misses: PassMisses | None) -> Usage:
         """One pass; the streams go on from where the last one left them."""
         facts, rates = self._facts, self._machine.rates
         began, before = self._clock.now, self._books()
+        self.last_began = began
         stall = compute = 0.0
         number = 0
         self._compute("call", rates.step_call_s)

@@ -1,9 +1,9 @@
 """What fits: budgets in, placement out. Pure functions; nothing is allocated or read here.
 
-Several placements fit a budget; `make_plan` takes the one that a given score finds fastest, or, without a score, the one
-that keeps most in memory. `ram` is the peak of the whole process, so it is split into: what the interpreter and libraries already use, a reserve
-for what they will, and slots for weights. KV for the context and the temporaries of one pass lie where compute is: in
-`ram` on a CPU, in `vram` on a device with memory of its own.
+Several placements fit a budget; `make_plan` takes the one that a given score finds fastest, or, without a score, the
+one that keeps most in memory. `ram` is the peak of the whole process, so it is split into: what the interpreter and
+libraries already use, a reserve for what they will, and slots for weights. KV for the context and the temporaries of
+one pass lie where compute is: in `ram` on a CPU, in `vram` on a device with memory of its own.
 """
 
 from __future__ import annotations
@@ -296,17 +296,17 @@ def make_plan(
 
 
 def _candidates(
-    model: _Weights, rooms: Mapping[int, _Room], by_hand: Overrides, scores: Scores | None
+    model: _Weights, rooms: dict[int, _Room], by_hand: Overrides, scores: Scores | None
 ) -> list[tuple[int, TierPlan]]:
     """(prefill chunk, placement) worth comparing; the last one is the choice where nothing is compared."""
     if by_hand.any:
         found = [(c, p) for c, room in rooms.items() for p in model.options(room, by_hand)]
         if not found:
-            raise UsageError(f"--set: {model.reason(list(rooms.values())[0], by_hand)}")
+            raise UsageError(f"--set: {model.reason(next(iter(rooms.values())), by_hand)}")
         return found
     if scores is None:
-        for chunk in reversed(rooms):
-            placed = model.place(rooms[chunk])
+        for chunk, room in reversed(rooms.items()):
+            placed = model.place(room)
             if placed is not None:
                 return [(chunk, placed)]
     found = [(c, p) for c, room in rooms.items() for p in model.options(room, by_hand)]
@@ -398,7 +398,7 @@ class _Weights:
 
     def reason(self, room: _Room, by_hand: Overrides) -> str:
         """Why no placement honours the overrides."""
-        layers = len(self.dense)
+        layers = len(self.dense) - self.head
         if by_hand.resident_layers is not None and by_hand.resident_layers > layers:
             return f"resident_layers={by_hand.resident_layers}, but the model has {layers} layers and a head"
         slots = sum(map(len, self.experts.values()))
@@ -428,7 +428,7 @@ class _Weights:
     def _whole_layers(self, resident: int, ahead: int) -> _Streams | None:
         """All blocks of all but `resident` layers streamed; the head counts as one more layer and is kept first."""
         t = self._table
-        if resident > len(self.dense):
+        if resident > len(self.dense) - self.head:
             return None
         layers = sorted(set(t.layer.tolist()))
         head = layers[-1:] if self.head else []
@@ -533,6 +533,40 @@ class _Table:
         arena = self.arena0 + int(self.size.sum() - self.size[away].sum()) + slots * slot
         weights = self.weights0 + int(self.nbytes.sum() - self.nbytes[away].sum()) + slots * widest
         return _Streams(count, ahead, away, slots, slot, max(arena, self.floor), weights)
+
+
+def device_map(layout: ModelLayout, plan: Plan) -> dict[str, int | str]:
+    """The plan in accelerate's words: module → 0 (device), "cpu" or "disk".
+
+    accelerate knows whole modules only, so a layer goes where the last of its blocks is.
+    """
+    top: int | str = 0 if plan.device is not None else "cpu"
+    pinned = set(plan.compute.pinned)
+    below = set(plan.host.pinned) if plan.device is not None else set()
+    pools = expert_pools(layout)
+    classes = _size_classes(layout)
+
+    def all_experts(tier: TierPlan, groups: Sequence[ExpertGroup]) -> bool:
+        sizes = {classes[_slot(g)] for g in groups}
+        held = {s: tier.experts[s].count if s in tier.experts else 0 for s in sizes}
+        return all(held[s] >= len(pools[s]) for s in sizes)
+
+    def place(parts: Sequence[LaidOut], groups: Sequence[ExpertGroup] = ()) -> int | str:
+        keys = {p.block.key for p in parts}
+        if keys <= pinned and (not groups or all_experts(plan.compute, groups)):
+            return top
+        if plan.device is not None and keys <= pinned | below and (not groups or all_experts(plan.host, groups)):
+            return "cpu"
+        return "disk"
+
+    out: dict[str, int | str] = {t.module: "cpu" for t in layout.tables}
+    for spec in layout.rest.specs:
+        out[spec.name.rpartition(".")[0]] = top
+    for layer in layout.layers:
+        out[layer.module] = place(layer.dense, layer.experts)
+    if layout.head is not None:
+        out[layout.head.specs[0].name.rpartition(".")[0]] = place((layout.head,))
+    return out
 
 
 def expert_pools(layout: ModelLayout) -> dict[int, list[LaidOut]]:

@@ -1,0 +1,144 @@
+"""What runs of a model on this machine taught: kept beside the profile, applied to the next plan.
+
+A run whose speed was predicted within a tenth teaches nothing. Any other corrects, by name and with the reason: how
+long compute takes at this many tokens, how fast the disk was read, how often a token's expert was its predecessor's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from offload.plan_cache import cache_folder
+from offload.planning.facts import ModelFacts
+from offload.planning.machine import Machine, Rates
+from offload.planning.predict import Prediction
+from offload.stats import RequestStats
+
+TOLERANCE = 0.10  # of the measured time
+_VERSION = 1
+_MOST = 20.0  # a correction beyond this is a mishap (a suspended machine), not knowledge
+_LEAST_READ = 32 << 20  # bytes; fewer say nothing about a disk's rate
+_MOST_REPEAT = 0.95
+_LATER = 0.5  # how far (as a power) a correction is moved once there is one: runs are noisy
+_LEAST_PROMPT = 16  # tokens; a shorter one's pass is mostly the first use of this and that
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """`corrections` are (tokens of a pass, factor on its compute); `repeat` see `planning.routing`."""
+
+    corrections: tuple[tuple[int, float], ...] = ()
+    disk_bytes_per_s: float | None = None
+    repeat: float = 0.0
+    runs: int = 0
+    reason: str = ""
+
+    def apply(self, machine: Machine) -> Machine:
+        """The machine as this model finds it."""
+        rates = replace(machine.rates, corrections=self.corrections)
+        disk = self.disk_bytes_per_s or machine.disk_bytes_per_s
+        return replace(machine, rates=rates, disk_bytes_per_s=disk)
+
+
+def learn(
+    known: Calibration,
+    rates: Rates,
+    prediction: Prediction,
+    stats: RequestStats,
+    predict: Callable[[Calibration], Prediction],
+) -> Calibration | None:
+    """What a run teaches, or None.
+
+    `rates` are those the prediction was made with; `predict` gives the same request's under another calibration.
+    """
+    steps = stats.new_tokens // max(1, stats.sequences) - 1
+    decoded = steps >= 2 and prediction.decode.seconds > 0
+    slow = stats.decode.seconds / steps / prediction.decode.seconds - 1 if decoded else 0.0
+    prompted = stats.prefill_pass_tokens >= _LEAST_PROMPT and prediction.prefill.seconds > 0
+    late = stats.prefill.seconds / prediction.prefill.seconds - 1 if prompted else 0.0
+    if abs(slow) <= TOLERANCE and abs(late) <= TOLERANCE:
+        return None
+    reasons: list[str] = []
+    new = replace(known, runs=known.runs + 1)
+    total = stats.total
+    if total.bytes_read >= _LEAST_READ and total.read_busy_s > 0:
+        rate = total.bytes_read / total.read_busy_s
+        new = replace(new, disk_bytes_per_s=rate)
+        reasons.append(f"the disk gave {rate / 1e9:.2f} GB/s")
+    if decoded and abs(slow) > TOLERANCE:
+        measured = (stats.decode.seconds - stats.decode.stall_s) / steps
+        predicted = prediction.decode.seconds - prediction.decode.stall_s
+        new = _correct(new, rates, stats.sequences, measured, predicted, reasons)
+        read, wanted = prediction.decode.bytes_read, stats.decode.bytes_read / steps
+        if stats.experts and abs(read - wanted) > TOLERANCE * max(read, wanted):
+            new = replace(new, repeat=_repeat(new, wanted, predict))
+            reasons.append(f"{100 * new.repeat:.0f}% of experts were the token's before")
+    if abs(late) > TOLERANCE:
+        measured = stats.prefill.seconds - stats.prefill.stall_s
+        predicted = prediction.prefill.seconds - prediction.prefill.stall_s
+        new = _correct(new, rates, stats.prefill_pass_tokens, measured, predicted, reasons)
+    return replace(new, reason="; ".join(reasons)) if reasons else None
+
+
+def _correct(
+    known: Calibration, rates: Rates, tokens: int, measured: float, predicted: float, reasons: list[str]
+) -> Calibration:
+    """The factor at `tokens` so that compute takes what was measured."""
+    points = dict(known.corrections)
+    ratio = measured / predicted if predicted > 0 and measured > 0 else 1.0
+    old = rates.correction(tokens)  # what the prediction used
+    points[tokens] = min(_MOST, max(1 / _MOST, old * (ratio if tokens not in points else ratio**_LATER)))
+    reasons.append(f"computing {tokens} tokens took {ratio:.2f} of what was expected")
+    return replace(known, corrections=tuple(sorted(points.items())))
+
+
+def _repeat(known: Calibration, wanted: float, predict: Callable[[Calibration], Prediction]) -> float:
+    """The share of repeated experts at which a step reads `wanted` bytes."""
+    low, high = 0.0, _MOST_REPEAT
+    for _ in range(6):
+        middle = (low + high) / 2
+        if predict(replace(known, repeat=middle)).decode.bytes_read > wanted:
+            low = middle
+        else:
+            high = middle
+    return round((low + high) / 2, 3)
+
+
+def load(machine: str, facts: ModelFacts) -> Calibration:
+    """What is known of a model on the machine of that name; nothing, if the file is absent, foreign or damaged."""
+    try:
+        raw = _path(machine, facts).read_bytes()
+        if len(raw) > 1 << 16:
+            return Calibration()
+        outer = json.loads(raw)
+        if hashlib.sha256(outer["body"].encode()).hexdigest() != outer["sha256"]:
+            return Calibration()
+        d = json.loads(outer["body"])
+        points = tuple((int(t), float(f)) for t, f in d.pop("corrections"))
+        return Calibration(points, **d)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Calibration()
+
+
+def save(machine: str, facts: ModelFacts, value: Calibration) -> None:
+    """Keep it; a cache that cannot be written is no reason to fail."""
+    path = _path(machine, facts)
+    body = json.dumps(asdict(value))
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(fd, "w") as f:
+            json.dump({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}, f)
+        os.replace(temporary, path)
+
+
+def _path(machine: str, facts: ModelFacts) -> Path:
+    shape = [_VERSION, machine, facts.model_type, facts.dtype, facts.weight_bytes, facts.params, len(facts.layers)]
+    return cache_folder() / "calibrations" / f"{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:24]}.json"
