@@ -23,7 +23,8 @@ class BenchRow:
     """One test. Rates in tokens per second, all sequences together; sizes in bytes.
 
     `test` is `pp512` (a prompt of 512) or `tg128` (128 generated after one token), with `×N` for a batch.
-    `share_of_floor` is the busiest resource's time over the wall time. `state` is `cold` for the first request after loading.
+    `share_of_floor` is the busiest resource's time over the wall time. `state` is `cold` for the first request after
+    loading.
     """
 
     model: str

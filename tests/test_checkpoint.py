@@ -806,7 +806,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def cache_file(cache: Path) -> Path:
-    files = [p for p in cache.rglob("*") if p.is_file()]
+    files = [p for p in (cache / "plans").rglob("*") if p.is_file()]
     assert len(files) == 1, "one file per checkpoint, nothing temporary left"
     return files[0]
 
