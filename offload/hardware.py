@@ -79,7 +79,8 @@ class Profile:
         linear: dict[str, list[tuple[int, float, float]]] = {}
         for c in self.compute:
             linear.setdefault(c.dtype, []).append((c.tokens, 1 / c.weight_bytes_per_s, c.call_s))
-        linear.setdefault("float16", linear["bfloat16"])
+        for half in ("bfloat16", "float16"):  # what was not measured is taken to be as fast as what was
+            linear.setdefault(half, linear.get("bfloat16") or next(iter(linear.values())))
         link = self.link.up_bytes_per_s if self.link is not None else None
         assumptions = [f"measured {time.strftime('%Y-%m-%d', time.gmtime(self.measured_at))}"]
         if self.rough:

@@ -128,7 +128,10 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture[str], tiny_moe: Path
     assert d["text"] is None
     assert d["ttft_s"] > 0
     assert d["decode_tokens_per_s"] > 0
-    assert d["predicted_decode_tokens_per_s"] is None
+    assert d["predicted_decode_tokens_per_s"] > 0
+    assert d["predicted_ttft_s"] > 0
+    measured, predicted = d["decode_tokens_per_s"], d["predicted_decode_tokens_per_s"]
+    assert d["prediction_error"] == pytest.approx(predicted / measured - 1)
     assert d["bottleneck"] in ("disk", "compute")
     assert d["stall_s"] >= 0
     assert d["bytes_read"] > 0
