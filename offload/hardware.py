@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from offload.plan_cache import cache_folder
-from tiers import Device, probe
+from tiers import Device, ReadError, gds, probe
 
-_VERSION = 1
+_VERSION = 2  # 2: direct_bytes_per_s
 _MAX_AGE_S = 30 * 24 * 3600  # drives and drivers change
 _SCRATCH_BYTES = 256 << 20
 _LAYER_REPEATS, _LAYERS = 30, 8
@@ -40,6 +40,7 @@ class Profile:
     link: probe.LinkReading | None
     compute: tuple[probe.ComputeReading, ...]
     layer_call_s: float  # fixed cost of a decoder layer's forward, whatever its size
+    direct_bytes_per_s: float | None = None  # from files straight into device memory; None where that cannot be done
     took_s: float = 0.0
     notes: tuple[str, ...] = field(default_factory=tuple)
 
@@ -48,6 +49,13 @@ class Profile:
         """Best sequential rate."""
         return max((r.bytes_per_s for r in self.disk if r.sequential), default=0.0)
 
+    @property
+    def prefers_direct(self) -> bool:
+        """Whether reading straight into device memory is faster than by way of the host."""
+        if self.direct_bytes_per_s is None or self.link is None:
+            return False
+        return self.direct_bytes_per_s > min(self.disk_bytes_per_s, self.link.up_bytes_per_s)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {**dataclasses.asdict(self), "disk_bytes_per_s": self.disk_bytes_per_s}
@@ -55,13 +63,21 @@ class Profile:
 
 def profile(folder: Path, device: Device, *, fresh: bool = False) -> Profile:
     """The profile of this machine for models in `folder`: the one kept, or measured now."""
-    path = cache_folder() / "profiles" / f"{_key(folder, device)}.json"
-    known = None if fresh else _load(path)
+    known = None if fresh else kept(folder, device)
     if known is None:
         known = measure(folder, device)
         with contextlib.suppress(OSError):
-            _save(path, known)
+            _save(_path(folder, device), known)
     return known
+
+
+def kept(folder: Path, device: Device) -> Profile | None:
+    """The profile kept from an earlier measurement that still counts, or None; measures nothing."""
+    return _load(_path(folder, device))
+
+
+def _path(folder: Path, device: Device) -> Path:
+    return cache_folder() / "profiles" / f"{_key(folder, device)}.json"
 
 
 def measure(folder: Path, device: Device) -> Profile:
@@ -71,9 +87,9 @@ def measure(folder: Path, device: Device) -> Profile:
     files = [p for p in folder.glob("*.safetensors") if p.is_file()]
     largest = max(files, key=lambda p: p.stat().st_size, default=None)
     if largest is not None and largest.stat().st_size >= _SCRATCH_BYTES:
-        disk = probe.disk(largest)
+        disk, direct = _disk_speeds(largest, device, notes)
     else:
-        disk = _scratch_disk(folder, notes)
+        disk, direct = _scratch_disk(folder, device, notes)
     if device.kind == "emulated":
         notes.append("the link is emulated")
     dtypes = [torch.float32, torch.bfloat16]
@@ -86,12 +102,28 @@ def measure(folder: Path, device: Device) -> Profile:
         link=probe.link(device),
         compute=tuple(probe.compute(device, dtypes)),
         layer_call_s=_layer_call(device),
+        direct_bytes_per_s=direct,
         took_s=time.perf_counter() - began,
         notes=tuple(notes),
     )
 
 
-def _scratch_disk(folder: Path, notes: list[str]) -> list[probe.DiskReading]:
+_DiskSpeeds = tuple[list[probe.DiskReading], float | None]
+
+
+def _disk_speeds(path: Path, device: Device, notes: list[str]) -> _DiskSpeeds:
+    """Into host memory and, where that works, straight into the device's, from the same file."""
+    readings, direct = probe.disk(path), None
+    if device.kind == "cuda" and (why := gds.unusable()) is not None:
+        notes.append(f"files cannot be read straight into device memory: {why}")
+    try:
+        direct = probe.direct(path, device)
+    except ReadError as e:
+        notes.append(f"reading straight into device memory failed: {e}")
+    return readings, direct
+
+
+def _scratch_disk(folder: Path, device: Device, notes: list[str]) -> _DiskSpeeds:
     where = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
     try:
         with tempfile.NamedTemporaryFile(dir=where, prefix=".offload-probe-") as f:
@@ -101,10 +133,10 @@ def _scratch_disk(folder: Path, notes: list[str]) -> list[probe.DiskReading]:
             f.flush()
             os.fsync(f.fileno())
             notes.append(f"disk speeds were taken on a new file of {_SCRATCH_BYTES >> 20} MiB in {where}")
-            return probe.disk(Path(f.name))
+            return _disk_speeds(Path(f.name), device, notes)
     except OSError as e:
         notes.append(f"disk speeds could not be taken in {where}: {e.strerror}")
-        return []
+        return [], None
 
 
 def _layer_call(device: Device) -> float:
