@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 CAPS = ("8GiB", "12GiB", "24GiB")  # what commodity cards have
-ENOUGH_S = 420  # no further load is begun after so long: one takes a minute or two on a slow disk
+ENOUGH_S = 400  # no further load is begun after so long: one takes a minute or two on a slow disk
 
 
 def tests() -> dict[str, Any]:
