@@ -57,6 +57,8 @@ def talk(
         if result is None:
             print(dim("(stopped)", sys.stderr), file=sys.stderr)
             continue
+        for note in result.notes:
+            print(dim(note, sys.stderr), file=sys.stderr)
         if result.finish[0] == "length":
             print(dim("(cut short: --max-new-tokens or the context is reached)", sys.stderr), file=sys.stderr)
         print(dim(result.stats.one_line(), sys.stderr), file=sys.stderr)

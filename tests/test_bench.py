@@ -6,11 +6,17 @@ import json
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from offload import engine, graphs, launches
+from offload.stats import StepStats
+from tiers import EmulatedDevice
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -20,6 +26,7 @@ import common  # noqa: E402
 import compare  # noqa: E402
 import decode  # noqa: E402
 import disk  # noqa: E402
+import gpu_check  # noqa: E402
 import limit  # noqa: E402
 import startup  # noqa: E402
 import tables  # noqa: E402
@@ -328,3 +335,56 @@ def test_tables_name_what_is_wrong(tmp_path: Path, text: str, message: str, caps
 def test_results_name_no_folder_of_this_machine() -> None:
     for path in (ROOT / "bench" / "results").glob("*.json"):
         assert str(Path.home()) + "/" not in path.read_text()
+
+
+# on a GPU: what can be tried without one
+
+
+class Device(EmulatedDevice):
+    kind = "cuda"
+
+
+class Replayed:
+    """A graph that does the work again."""
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self._work, self._out = work, work().clone()
+        return self._out
+
+    def replay(self) -> None:
+        self._out.copy_(self._work())
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Stands for a CUDA device; five launches are counted in every pass."""
+
+    @contextmanager
+    def counting(stats: StepStats) -> Iterator[None]:
+        yield
+        stats.launches, stats.syncs, stats.counted = 5, 1, 1
+
+    monkeypatch.setattr(engine, "make_device", lambda config: Device(8e9))
+    monkeypatch.setattr(graphs, "cuda_graphs", lambda: Replayed)
+    monkeypatch.setattr(launches, "counted", counting)
+    return Device(8e9)
+
+
+def test_a_row_of_gpu_check_has_what_it_should(device: Device, scratch: Path) -> None:
+    folder = checkpoints.make(checkpoints.SPECS["llama-3b-small"], scratch)
+    off, on = (gpu_check.decode(folder, "512MiB", 6, graphs) for graphs in (False, True))
+    assert off["token_ids"] == on["token_ids"]
+    assert len(off["token_ids"]) == 6
+    assert (off["graphs"], on["graphs"]) == (False, True)
+    for row in (off, on):
+        assert (row["launches_per_token"], row["syncs_per_token"], row["notes"]) == (5, 1, [])
+        assert row["decode_tokens_per_s"] > 0
+    assert on["captured_modules"] == on["replays_per_token"] > 0
+    json.dumps([off, on])
+
+
+def test_gpu_check_says_why_nothing_is_read_directly(device: Device, scratch: Path) -> None:
+    folder = checkpoints.make(checkpoints.SPECS["llama-3b-small"], scratch)
+    row = gpu_check.direct(folder, device)
+    assert row["bytes_per_s"] is None
+    assert "CUDA" in row["why"] or "kvikio" in row["why"]

@@ -85,6 +85,8 @@ def test_help_needs_no_heavy_import() -> None:
         (["generate", "{m}", "--prompt-ids", "5", "--vram", "1GiB", "--device", "cpu"], 2, "--vram"),
         (["generate", "{m}", "--prompt-ids", "5", "--device", "emulated", "--vram", "10KiB"], 1, "smallest that works"),
         (["generate", "{m}", "--prompt-ids", "5", "--link", "fast"], 2, "--link"),
+        (["generate", "{m}", "--prompt-ids", "5", "--device", "cpu", "--graphs"], 2, "--graphs"),
+        (["generate", "{m}", "--prompt-ids", "5", "--device", "emulated", "--vram", "1GiB", "--graphs"], 2, "--graphs"),
         (["profile", "/nowhere/at/all"], 1, "/nowhere/at/all"),
     ],
 )  # fmt: skip
