@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tower import DATA, IMAGES, PATIENCE, SLOT, STEP, Odd, Tower, content, make_block, offsets, until
 
-from tiers import PAGE, Cause, Interrupted, Lease, ReadError
+from tiers import PAGE, Cause, Interrupted, Lease, ReadError, probe
 
 PREADV = os.preadv
 
@@ -462,3 +462,17 @@ def test_an_ad_hoc_gather(tower: Tower) -> None:
     fetch()
     assert content(slot) == IMAGES["l0"]
     assert tower.workers() == sum(tower.depths)
+
+
+def test_a_disk_that_fails_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`offload profile` says so in one line, like anything else that reads."""
+    path = tmp_path / "model.bin"
+    path.write_bytes(bytes(8 << 20))
+
+    def failing(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(ReadError, match=r"model\.bin.*Input/output error"):
+        probe.disk(path, seconds=0.01)
+    assert not any(str(path) in os.readlink(f) for f in Path("/proc/self/fd").iterdir() if f.exists())

@@ -82,13 +82,20 @@ def _disk(path: Path, size: int, request: int, depth: int, sequential: bool, sec
     lock = threading.Lock()
     issued, moved = 0, 0
     latencies: list[float] = []
+    errors: list[BaseException] = []
     until = time.perf_counter() + seconds
 
     def work(slot_number: int) -> None:
+        try:
+            read(slot_number)
+        except BaseException as e:
+            errors.append(e)
+
+    def read(slot_number: int) -> None:
         nonlocal issued, moved
         slot = slots[slot_number]
         rng = random.Random(slot_number)
-        while (now := time.perf_counter()) < until:
+        while (now := time.perf_counter()) < until or not latencies:  # however late this thread starts
             with lock:
                 at, issued = issued, issued + 1
             offset = ((start + at) % count if sequential else rng.randrange(count)) * request
@@ -108,6 +115,8 @@ def _disk(path: Path, size: int, request: int, depth: int, sequential: bool, sec
         t.join()
     took = time.perf_counter() - began
     reader.close()
+    if errors:
+        raise errors[0]
     return DiskReading(request, depth, sequential, moved / took, statistics.median(latencies))
 
 
