@@ -153,9 +153,11 @@ def test_same_seed_same_answer(capsys: pytest.CaptureFixture[str], tiny_moe: Pat
     assert tokens("1", "100%") != tokens("2", "100%")
 
 
-def test_ctrl_c_ends_a_run_with_130(wide_dense: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_ctrl_c_ends_a_run_with_130(wide_dense: Path, device: str) -> None:
+    more = ["--device", "emulated", "--vram", "120MiB", "--link", "1GB"] if device == "emulated" else []
     p = spawn("generate", str(wide_dense), "--prompt-ids", ",".join(["5"] * 64), "--max-new-tokens", "4000",
-              "--resident", "30%")  # fmt: skip
+              "--resident", "30%", *more)  # fmt: skip
     deadline = time.monotonic() + 60
     while len(list(Path(f"/proc/{p.pid}/task").iterdir())) <= READERS and time.monotonic() < deadline:
         time.sleep(0.05)  # the readers start once the model is being loaded

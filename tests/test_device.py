@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tiers import (
     PAGE,
     Arena,
     Block,
+    Cause,
     CpuDevice,
     CudaDevice,
     Device,
@@ -284,6 +285,13 @@ class Stack:
         self.reader.close()
 
 
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end, f"never happened: {what}"
+        time.sleep(0.001)
+
+
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
     path = tmp_path / "data.bin"
@@ -306,9 +314,7 @@ def test_the_first_part_goes_up_while_the_rest_is_being_read(stack: Stack) -> No
     lease = stack.top.request("b0")
     assert lease is not None
     stack.reader.let.release(5)  # five of the six reads: enough for the first chunk of four
-    until = time.monotonic() + 5
-    while not sum(stack.up.bytes_read.values()) and time.monotonic() < until:
-        time.sleep(0.005)
+    until(lambda: sum(stack.up.bytes_read.values()) > 0, "the first chunk goes up")
     assert sum(stack.up.bytes_read.values()) == 4 * MIB
     assert not lease.ready
     stack.open()
@@ -354,11 +360,14 @@ def test_a_cancelled_fetch_gives_everything_back(stack: Stack) -> None:
 def test_a_demand_overtakes_a_prefetch_on_both_links(stack: Stack) -> None:
     assert stack.top.prefetch("b0")
     assert stack.top.prefetch("b1")
+    below = [stack.host._entries[key] for key in ("b0", "b1")]
+    until(lambda: all(e.leases for e in below), "both are fetched ahead below")
+    assert [e.ticket.cause for e in below if e.ticket] == [Cause.PREFETCH] * 2
     lease = stack.top.request("b1")
     assert lease is not None
+    until(lambda: [e.ticket.cause for e in below if e.ticket] == [Cause.PREFETCH, Cause.DEMAND], "the demand goes down")
     stack.open()
     lease.wait()
-    slices = {(lane, name): stop for lane, name, _, stop, _ in stack.trace.slices}
     with stack.top.acquire("b0"):
         pass
     slices = {(lane, name): stop for lane, name, _, stop, _ in stack.trace.slices}

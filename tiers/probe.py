@@ -22,7 +22,6 @@ from tiers import gds
 from tiers.arena import Arena, Slot
 from tiers.block import Segment, page_up
 from tiers.device import Device
-from tiers.errors import OffloadError
 from tiers.reader import BlockReader, DirectReader
 from tiers.uplink import COPIES
 
@@ -118,24 +117,26 @@ def _disk(
     lock = threading.Lock()
     issued, moved = 0, 0
     latencies: list[float] = []
-    failed: list[OffloadError] = []
+    errors: list[BaseException] = []
     until = time.perf_counter() + seconds
 
     def work(slot_number: int) -> None:
+        try:
+            read(slot_number)
+        except BaseException as e:
+            errors.append(e)
+
+    def read(slot_number: int) -> None:
         nonlocal issued, moved
         slot = slots[slot_number]
         rng = random.Random(slot_number)
-        while (now := time.perf_counter()) < until:
+        while (now := time.perf_counter()) < until or not latencies:  # however late this thread starts
             with lock:
                 at, issued = issued, issued + 1
             offset = ((start + at) % count if sequential else rng.randrange(count)) * request
             segment = Segment(0, offset, request, 0, None, padded=True)
-            try:
-                for piece in reader.split(segment, slot):
-                    reader.read(piece, slot)
-            except OffloadError as e:
-                failed.append(e)
-                return
+            for piece in reader.split(segment, slot):
+                reader.read(piece, slot)
             took = time.perf_counter() - now
             with lock:
                 moved += request
@@ -148,8 +149,8 @@ def _disk(
     for t in threads:
         t.join()
     took = time.perf_counter() - began
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
     return DiskReading(request, depth, sequential, moved / took, statistics.median(latencies))
 
 

@@ -279,7 +279,7 @@ class TransferQueue:
             try:
                 if self._link.ready(ticket, ticket._pieces[0]):
                     return ticket, ticket._pieces.popleft()
-            except Exception as e:
+            except BaseException as e:
                 ticket.error = _as_error(ticket, e)
                 ticket._pieces.clear()
                 if not ticket._running:
@@ -289,7 +289,7 @@ class TransferQueue:
     def _finish(self, ticket: Ticket, whole: bool) -> None:
         try:
             self._link.finish(ticket, whole)
-        except Exception as e:  # whatever it is, the ticket ends
+        except BaseException as e:  # whatever it is, the ticket ends
             ticket.error = ticket.error or _as_error(ticket, e)
         ticket.finished = time.perf_counter()
         if self._trace is not None and ticket.started:
@@ -319,7 +319,7 @@ class TransferQueue:
                     fence.synchronize()  # a slot is reused only after the compute that read it
                     ticket.slot.fence = None
                 moved = self._link.move(ticket, piece)
-            except Exception as e:  # a worker must never die with a ticket in its hands
+            except BaseException as e:  # a worker must never die with a ticket in its hands
                 error = _as_error(ticket, e)
             with self._cond:
                 ticket._running.remove(piece)
@@ -332,6 +332,6 @@ class TransferQueue:
                     self._finish(ticket, ticket.error is None and not ticket.cancelled)
 
 
-def _as_error(ticket: Ticket, e: Exception) -> OffloadError:
+def _as_error(ticket: Ticket, e: BaseException) -> OffloadError:
     """What waiters are told."""
     return e if isinstance(e, OffloadError) else ReadError(f"block {ticket.key} failed: {type(e).__name__}: {e}")
