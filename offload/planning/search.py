@@ -17,7 +17,7 @@ from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
 from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
-from offload.planning.predict import Prediction, Workload, chunks_of, placement, predict, simulate
+from offload.planning.predict import ALL, Prediction, Workload, chunks_of, placement, predict, simulate
 from offload.planning.routing import draw
 
 
@@ -74,6 +74,8 @@ class _Bound:
         streamed = self._all - sum(self._sizes.get(k, 0) for k in compute.pinned)
         unread = streamed - sum(self._sizes.get(k, 0) for k in host.pinned) if device is not None else streamed
         slots = compute.expert_slots
+        if not streamed and slots == self._facts.experts:
+            slots = ALL  # loaded beforehand, as in `predict.placement`
         below = max(slots, host.expert_slots)
         workload = self._workload
         total = 0.0
