@@ -27,6 +27,7 @@ MIN_CHUNK, MAX_CHUNK = 32, 2048
 CHUNKS = (MIN_CHUNK, 64, 128, 256, 512, 1024, MAX_CHUNK)
 _AHEAD = 2  # most stream slots beyond those of the layer in use
 _TRIED = 12  # how finely the share of memory between dense blocks and experts is searched
+_LEAST_EXACT, _EXACT_LAYERS = 6, 1000  # placements run on the virtual clock, and layers of them: bounds a plan's time
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,13 +270,7 @@ def make_plan(
     if scores is None or len(candidates) == 1:
         chunk, placed = candidates[-1]
     else:
-        best: dict[int, tuple[float, int, TierPlan]] = {}  # by lookahead: the bound does not see what it is good for
-        for chunk, placed in candidates:
-            rank = scores.bound(*both(placed), chunk)
-            if placed.lookahead not in best or rank < best[placed.lookahead][0]:
-                best[placed.lookahead] = rank, chunk, placed
-        finalists = [(scores.exact(*both(p), c), -p.lookahead, i) for i, (_, c, p) in enumerate(best.values())]
-        _, chunk, placed = list(best.values())[min(finalists)[2]]
+        chunk, placed = _fastest(candidates, both, scores, len(model.dense))
     host, device = both(placed)
     kv, activations = overhead(context, chunk)
     return Plan(
@@ -314,6 +309,28 @@ def _candidates(
     return found
 
 
+def _fastest(
+    candidates: list[tuple[int, TierPlan]],
+    both: Callable[[TierPlan], tuple[TierPlan, TierPlan | None]],
+    scores: Scores,
+    layers: int,
+) -> tuple[int, TierPlan]:
+    """The candidate with the best exact score, as far as time allows: in order of bound, until no other can win."""
+    ranked = sorted((scores.bound(*both(p), chunk), -p.lookahead, i) for i, (chunk, p) in enumerate(candidates))
+    firsts: dict[int, tuple[float, int, int]] = {}  # the bound does not see what lookahead is good for
+    for entry in ranked:
+        firsts.setdefault(entry[1], entry)
+    others = [entry for entry in ranked if entry is not firsts[entry[1]]]
+    best: tuple[float, int, int] | None = None
+    for bound, ahead, i in [*firsts.values(), *others][: max(_LEAST_EXACT, _EXACT_LAYERS // layers)]:
+        if best is None or bound < best[0]:
+            chunk, placed = candidates[i]
+            scored = scores.exact(*both(placed), chunk), ahead, i
+            best = min(best, scored) if best is not None else scored
+    assert best is not None
+    return candidates[best[2]]
+
+
 def _refuse(flag: str, given: int, least: int) -> None:
     if given < least:
         exact = f"{least}B" if flag == "--resident" and least < 64 << 20 else ceil_mib(least)
@@ -347,6 +364,7 @@ class _Weights:
     dense: tuple[tuple[Block, ...], ...]  # a layer's blocks are needed together
     experts: Mapping[int, Sequence[LaidOut]]
     least_experts: Mapping[int, int]
+    biggest: Mapping[int, int]  # bytes of the largest expert of each size class
     passing: tuple[Block, ...] = ()
     head: bool = False  # whether the last of `dense` is the head
     cache: dict[Any, Any] = field(default_factory=dict, compare=False)
@@ -357,7 +375,9 @@ class _Weights:
         dense = [tuple(part.block for part in layer.dense) for layer in layout.layers]
         if layout.head is not None:
             dense.append((layout.head.block,))
-        return cls((layout.rest.block,), tuple(dense), expert_pools(layout), _least_experts(layout),
+        pools = expert_pools(layout)
+        biggest = {size: max(e.block.nbytes for e in es) for size, es in pools.items()}
+        return cls((layout.rest.block,), tuple(dense), pools, _least_experts(layout), biggest,
                    head=layout.head is not None)  # fmt: skip
 
     def below(self, above: TierPlan) -> _Weights:
@@ -369,7 +389,8 @@ class _Weights:
         passing = [b for b in (*self.always, *dense) if b.key in stays] + gone
         rest = tuple(tuple(b for b in layer if b.key not in stays) for layer in self.dense)
         head = self.head and bool(rest[-1])
-        return _Weights((), tuple(layer for layer in rest if layer), left, self.least_experts, tuple(passing), head)
+        return _Weights((), tuple(layer for layer in rest if layer), left, self.least_experts, self.biggest,
+                        tuple(passing), head)  # fmt: skip
 
     def place(self, room: _Room) -> TierPlan | None:
         """Pin as many dense blocks as fit, spread evenly, and stream the others; experts get what is left."""
@@ -453,7 +474,7 @@ class _Weights:
         arena, weights = s.arena, s.weights
         experts: dict[int, PoolPlan] = {}
         for size, es in self.experts.items():
-            biggest = max(e.block.nbytes for e in es)
+            biggest = self.biggest[size]
             least = self.least_experts[size]
             spare = min((room.arena - arena) // size, (room.resident - weights) // biggest)
             more = max(0, min(len(es) - least, spare))
@@ -498,7 +519,6 @@ class _Table:
     @classmethod
     def of(cls, w: _Weights) -> _Table:
         """The largest blocks come last: one of them would set the size of every stream slot."""
-        biggest = {size: max(e.block.nbytes for e in es) for size, es in w.experts.items()}
         least = {size: w.least_experts[size] for size in w.experts}
         flat = [(layer, b) for layer, blocks in enumerate(w.dense) for b in blocks]
         typical = 2 * sorted(b.slot_nbytes for _, b in flat)[len(flat) // 2] if flat else 0
@@ -512,7 +532,7 @@ class _Table:
             usual=len(usual),
             most=_AHEAD if any(len(blocks) > 1 for blocks in w.dense) else 1,  # parts of layers, or whole ones
             arena0=sum(page_up(b.slot_nbytes) for b in w.always) + sum(size * n for size, n in least.items()),
-            weights0=sum(b.nbytes for b in w.always) + sum(biggest[size] * n for size, n in least.items()),
+            weights0=sum(b.nbytes for b in w.always) + sum(w.biggest[size] * n for size, n in least.items()),
             floor=max((page_up(b.slot_nbytes) for b in w.passing), default=0),
         )
 

@@ -14,7 +14,7 @@ from offload.planning.placement import Plan, TierPlan
 from offload.planning.routing import PassMisses, draw
 from offload.planning.timeline import Placement, Streams, Timeline, Usage
 
-_ALL = 1 << 61  # slots for every expert, filled beforehand
+ALL = 1 << 61  # slots for every expert, filled beforehand
 _SAMPLED = 8  # passes simulated of a long prompt; the others are like their neighbours
 _DENSE_STEPS = 3  # decode steps simulated where nothing is random; the first one is not counted
 
@@ -79,7 +79,7 @@ def placement(facts: ModelFacts, device: TierPlan | None, host: TierPlan) -> Pla
     streams = Streams(away, compute.stream.count if compute.stream else 0)
     slots = compute.expert_slots
     loaded = not away and slots == facts.experts  # nothing moves any more: experts are there before the first pass
-    return Placement(streams, below, _ALL if loaded else slots, host.expert_slots if device is not None else 0)
+    return Placement(streams, below, ALL if loaded else slots, host.expert_slots if device is not None else 0)
 
 
 def predict(facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, repeat: float = 0.0) -> Prediction:

@@ -1,13 +1,14 @@
 """The planner: of the placements that fit, the one that is predicted to serve a workload soonest.
 
 Every placement that differs in what is pinned, in lookahead, in the share of experts and in the prefill chunk is
-compared by a bound (the busiest resource's time, which a perfect schedule would reach); the best of each lookahead are
-then run on the virtual clock. Deterministic.
+compared by a bound (the busiest resource's time, which a perfect schedule would reach); the best of each lookahead, and
+then the others that could still win, are run on the virtual clock. Deterministic.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
 from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
-from offload.planning.predict import Prediction, Workload, chunks_of, placement, predict, simulate
+from offload.planning.predict import ALL, Prediction, Workload, chunks_of, placement, predict, simulate
 from offload.planning.routing import draw
 
 
@@ -56,7 +57,7 @@ class _Bound:
         self._facts, self._machine, self._workload, self._repeat = facts, machine, workload, repeat
         self._sizes = {key: n for layer in facts.layers for key, n in layer.parts} | dict(facts.head)
         self._all = sum(self._sizes.values())
-        self._prefill: dict[int, list[tuple[int, float, list[int]]]] = {}
+        self._prefill: dict[int, list[tuple[float, _Work, list[int]]]] = {}
         middle = workload.past_tokens + workload.prompt_tokens + workload.new_tokens // 2
         routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
         self._expert_bytes = max((y.expert_bytes for y in facts.layers), default=0)
@@ -74,25 +75,29 @@ class _Bound:
         streamed = self._all - sum(self._sizes.get(k, 0) for k in compute.pinned)
         unread = streamed - sum(self._sizes.get(k, 0) for k in host.pinned) if device is not None else streamed
         slots = compute.expert_slots
+        if not streamed and slots == self._facts.experts:
+            slots = ALL  # loaded beforehand, as in `predict.placement`
         below = max(slots, host.expert_slots)
         workload = self._workload
         total = 0.0
-        for times, seconds, distances in self._passes(chunk):
-            total += times * self._busiest(seconds, streamed, unread, distances, 1, slots, below)
+        for times, work, distances in self._passes(chunk):
+            total += times * self._busiest(work, streamed, unread, distances, 1, slots, below)
         step = self._busiest(self._decode_compute, streamed, unread, self._decode, self._decode_passes, slots, below)
         return total + step * (workload.new_tokens - 1)
 
     def _busiest(
-        self, compute: float, streamed: float, unread: float, distances: list[int], passes: int, slots: int, below: int
+        self, work: _Work, streamed: float, unread: float, distances: list[int], passes: int, slots: int, below: int
     ) -> float:
         machine, n = self._machine, self._expert_bytes
-        up = streamed + (len(distances) - bisect_left(distances, slots)) / passes * n
-        read = unread + (len(distances) - bisect_left(distances, below)) / passes * n
-        link = up / machine.link_bytes_per_s if machine.link_bytes_per_s is not None else 0.0
-        return max(compute, link, read / machine.disk_bytes_per_s)
+        up = (len(distances) - bisect_left(distances, slots)) / passes * n
+        read = (len(distances) - bisect_left(distances, below)) / passes * n
+        rate = machine.link_bytes_per_s or math.inf
+        # experts are fetched once they are chosen: that hides behind other experts at most
+        chosen = work.dense_s + max(work.experts_s, up / rate, read / machine.disk_bytes_per_s)
+        return max(chosen, (streamed + up) / rate, (unread + read) / machine.disk_bytes_per_s)
 
-    def _passes(self, chunk: int) -> list[tuple[int, float, list[int]]]:
-        """(how many, seconds of compute, reuse distances of the experts) of like passes over the prompt."""
+    def _passes(self, chunk: int) -> list[tuple[float, _Work, list[int]]]:
+        """(how many, compute, reuse distances of the experts) of like passes over the prompt."""
         known = self._prefill.get(chunk)
         if known is None:
             facts, workload = self._facts, self._workload
@@ -103,21 +108,29 @@ class _Bound:
             )[0]
             known = []
             for i, new in enumerate(chunks[:2]):
-                times = 1 if i == 0 else len(chunks) - 1
+                times = 1.0 if i == 0 else sum(chunks[1:]) / new  # the last one may be shorter
                 context = workload.past_tokens + (0 if i == 0 else workload.prompt_tokens // 2)
                 distances = first[i].distances if i < len(first) else ()
-                seconds = self._compute(Pass(workload.batch, new, context), [len(d) for d in distances])
-                known.append((times, seconds, sorted(heapq.merge(*distances))))
+                work = self._compute(Pass(workload.batch, new, context), [len(d) for d in distances])
+                known.append((times, work, sorted(heapq.merge(*distances))))
             self._prefill[chunk] = known
         return known
 
-    def _compute(self, p: Pass, needed: list[int]) -> float:
+    def _compute(self, p: Pass, needed: list[int]) -> _Work:
         facts, rates = self._facts, self._machine.rates
-        seconds = rates.step_call_s + cost.head_s(facts, rates, p)
+        dense, experts = rates.step_call_s + cost.head_s(facts, rates, p), 0.0
         distinct = iter(needed)
         for layer in facts.layers:
-            seconds += cost.layer_s(facts, layer, rates, p)
+            dense += cost.layer_s(facts, layer, rates, p)
             if layer.experts:
                 n = next(distinct, 0)
-                seconds += n * cost.expert_s(facts, layer, rates, p, n)
-        return seconds
+                experts += n * cost.expert_s(facts, layer, rates, p, n)
+        return _Work(dense, experts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Seconds of compute of a pass: experts, and all else."""
+
+    dense_s: float
+    experts_s: float

@@ -311,8 +311,8 @@ class Timeline:
         ready = 0.0
         host = self._placement.host
         if self._host is not None and host is not None and any(key == k for k, _ in host.blocks):
-            at = self._host.arrives.get(key)
-            ready = self._disk.send(key, self._sizes[key], now) if at is None else at
+            ready = self._host.lease(key)  # read into one of the host's slots now, if it is not there or on its way
+            self._host.leased.discard(key)
         return self._link.send(key, self._sizes[key], now, ready)
 
     def _books(self) -> tuple[float, float, float, float]:
