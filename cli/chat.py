@@ -84,6 +84,18 @@ def _slash(line: str, conversation: Conversation, model: Model) -> None:
             "peak memory": f"{s.peak_rss_bytes / 2**20:.0f} MiB of {s.budget_bytes / 2**20:.0f} MiB",
             "bottleneck": s.bottleneck,
         }
+        use = s.experts_use
+        if use is not None and use.needed:
+            rows["experts"] = (
+                f"{100 * use.hit / use.needed:.0f}% found, {100 * use.ahead / use.needed:.0f}% fetched ahead in time, "
+                f"{100 * use.late / use.needed:.0f}% late, {100 * use.missed / use.needed:.0f}% not foreseen; "
+                f"{use.wasted} of {use.fetched} fetched in vain"
+            )
+            for i, u in enumerate(s.experts_by_layer):
+                if u.needed:
+                    rows[f"layer {i}"] = (
+                        f"{u.needed} needed: {u.hit} found, {u.ahead} ahead, {u.late} late, {u.missed} missed"
+                    )
         if s.learned:
             rows["learned"] = s.learned
         for k, v in rows.items():

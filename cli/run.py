@@ -137,6 +137,15 @@ def _as_json(result: Any) -> dict[str, Any]:
         "hit_rate": stats.hit_rate,
         "peak_rss_bytes": stats.peak_rss_bytes,
         "ram_budget_bytes": stats.budget_bytes,
+        "experts": [
+            {
+                "layer": i,
+                **{f: getattr(u, f) for f in ("needed", "hit", "ahead", "late", "missed", "fetched", "wasted")},
+                "recall": u.recall,
+                "precision": u.precision,
+            }
+            for i, u in enumerate(stats.experts_by_layer)
+        ],
         "exact": True,
     }
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
+from moe.lookahead import ExpertLookahead
 from tiers import Lease, Residency
 
 
@@ -40,12 +41,22 @@ class LayerExperts:
     """
 
     def __init__(
-        self, residency: Residency, keys: Sequence[str], views: Callable[[Lease], Views], *, lookahead: int
+        self,
+        residency: Residency,
+        keys: Sequence[str],
+        views: Callable[[Lease], Views],
+        *,
+        lookahead: int,
+        ahead: ExpertLookahead | None = None,
+        number: int = 0,
     ) -> None:
+        """`lookahead` transfers are asked for at once; `ahead` is told what layer `number` needs."""
         self._residency = residency
         self._keys = keys
         self._views = views
         self._lookahead = max(1, lookahead)
+        self._ahead = ahead
+        self._number = number
 
     def forward(
         self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -63,16 +74,18 @@ class LayerExperts:
             start += n
         out = hidden.new_zeros(flat.numel(), hidden.size(-1))  # [T·k, H]
         scale = weights.reshape(-1, 1)
-        for e, lease in self._arriving(list(places)):
+        for e, lease in self._arriving(list(places), hidden):
             with lease:
                 at = places[e]
                 y = self._expert(module, self._views(lease), hidden[at // top_k])
                 out[at] = (y * scale[at]).to(out.dtype)
         return out.view(*index.shape, -1).sum(dim=-2).to(hidden.dtype)
 
-    def _arriving(self, experts: Sequence[int]) -> Iterator[tuple[int, Lease]]:
+    def _arriving(self, experts: Sequence[int], hidden: torch.Tensor) -> Iterator[tuple[int, Lease]]:
         """(expert, lease) for each: resident ones first, then the others in the order in which they arrive."""
         r = self._residency
+        if self._ahead is not None:
+            self._ahead.needs(self._number, experts)
         missing = deque(e for e in experts if not r.resident(self._keys[e]))
         late = set(missing)
         # leasing what is here keeps the fetches below from evicting it
@@ -89,6 +102,8 @@ class LayerExperts:
 
         try:
             request()
+            if self._ahead is not None:
+                self._ahead.look(self._number, hidden)
             while held or pending:
                 if held:
                     yield held.popleft()

@@ -20,14 +20,14 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from kvstore import make_cache
-from moe import LayerExperts
+from moe import ExpertLookahead, Gate, LayerExperts
 from offload import graphs, hardware, hf, launches
 from offload.binding import Binder
 from offload.config import RunConfig
 from offload.describe import describe
 from offload.embedding import RowReader
 from offload.hierarchy import Hierarchy, Progress
-from offload.layout import ExpertGroup
+from offload.layout import ExpertGroup, LayerLayout
 from offload.planning import calibration
 from offload.planning.calibration import Calibration
 from offload.planning.placement import READERS, Budgets, Overrides, Plan
@@ -103,7 +103,7 @@ class Engine:
         )
         machine = self.calibration.apply(self.machine)
         overrides = Overrides.of(config.overrides or {})
-        self.plan: Plan = choose(description, budgets, machine, Workload(), self.calibration.repeat, overrides).plan
+        self.plan: Plan = choose(description, budgets, machine, Workload(), self.calibration.routing, overrides).plan
         self.steps: list[StepStats] = []
         self.trace = Trace() if config.trace is not None else None
         self.notes: list[str] = []  # what a user should know and has not been told
@@ -166,7 +166,7 @@ class Engine:
     def predict(self, workload: Workload, known: Calibration | None = None) -> Prediction:
         """What this plan is expected to do with `workload`, by all that is `known` now (or as given)."""
         known = known or self.calibration
-        return predict(self.description.facts, self.plan, known.apply(self.machine), workload, known.repeat)
+        return predict(self.description.facts, self.plan, known.apply(self.machine), workload, known.routing)
 
     def learn(self, workload: Workload, stats: RequestStats) -> None:
         """Compare a request with its prediction, and keep what it teaches for the next plan."""
@@ -295,9 +295,10 @@ class Engine:
             for layer in layout.layers:
                 stay = {spec.name for part in layer.dense if part.block.key not in gone for spec in part.specs}
                 self.captures.wrap(self.hf.get_submodule(layer.module), layer.module, stay)
-        for layer in layout.layers:
-            for group in layer.experts:
-                hf.attach_experts(self.hf.get_submodule(group.module), self._layer_experts(group))
+        groups = [(layer, group) for layer in layout.layers for group in layer.experts]
+        self.experts = self._lookahead(groups)
+        for number, (_, group) in enumerate(groups):
+            hf.attach_experts(self.hf.get_submodule(group.module), self._layer_experts(group, number))
         self._tables = [
             RowReader(t, module, memory.disk, self.device.torch_device)
             for t in layout.tables
@@ -306,13 +307,29 @@ class Engine:
         hf.move_buffers(self.hf, self.device.torch_device)
         self.hf.forward = self._hf_forward
 
-    def _layer_experts(self, group: ExpertGroup) -> LayerExperts:
+    def _lookahead(self, groups: list[tuple[LayerLayout, ExpertGroup]]) -> ExpertLookahead | None:
+        """Who fetches experts ahead; None where nothing is to be fetched. Streamed routers cannot be asked."""
+        if not groups or self.plan.everything_fits:
+            return None
+        gone = {b.block.key for b in self._memory.streamed()}
+        gates: list[Gate | None] = []
+        for layer, group in groups:
+            stays = all(part.block.key not in gone for part in layer.dense)
+            inside = group.module.removeprefix(f"{layer.module}.")
+            gates.append(hf.router_of(self.hf.get_submodule(layer.module), inside) if stays else None)
+        keys = [[e.block.key for e in group.blocks] for _, group in groups]
+        # most of the slots stay for experts that were chosen
+        most = max(group.top_k for _, group in groups) + self.plan.expert_slots // 4
+        return ExpertLookahead(self._memory.compute, keys, gates, most)
+
+    def _layer_experts(self, group: ExpertGroup, number: int) -> LayerExperts:
         specs = {e.block.key: e.specs for e in group.blocks}
 
         def views(lease: Lease) -> dict[str, torch.Tensor]:
             return {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
 
-        return LayerExperts(self._memory.compute, [e.block.key for e in group.blocks], views, lookahead=READERS)
+        keys = [e.block.key for e in group.blocks]
+        return LayerExperts(self._memory.compute, keys, views, lookahead=READERS, ahead=self.experts, number=number)
 
     def _wrap(self, module: nn.Module, around: Callable[[], Any], *, is_head: bool) -> None:
         forward = module.forward

@@ -7,6 +7,8 @@ by name. Tried with transformers 5.23.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -246,6 +248,27 @@ def experts_modules(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in layer.named_modules():
         if streamable_experts(module):
             yield name, module
+
+
+def router_of(layer: nn.Module, experts: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The router beside the experts module `experts` (its name inside `layer`): hidden [T, H] → indices [T, k].
+
+    None where the family has none that can be asked apart from its block (it needs more than the hidden states).
+    """
+    parent = layer.get_submodule(experts.rpartition(".")[0]) if "." in experts else layer
+    for child in parent.children():
+        if type(child).__name__.lower().endswith("router"):
+            needed = [p for p in inspect.signature(child.forward).parameters.values() if p.default is p.empty]
+            if len(needed) != 1:
+                return None
+            return functools.partial(_route, child)
+    return None
+
+
+def _route(router: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    _, _, index = router(hidden)
+    assert isinstance(index, torch.Tensor)
+    return index
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

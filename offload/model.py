@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Stopp
 from transformers.cache_utils import Cache
 
 from kvstore import rollback
+from moe import LayerUse
 from offload.engine import Engine
 from offload.planning.explain import explain
 from offload.planning.placement import Plan
@@ -178,13 +179,14 @@ class Model:
         result = Generation([], [], [], stats, notes)
         clock = _Clock(began)
         self.engine.steps.clear()
+        used = copy.deepcopy(self.engine.experts.use) if self.engine.experts is not None else []
         past = cache.get_seq_length() if cache is not None else 0
         try:
             for at in range(0, len(ids), at_once):
                 self._run_batch(ids[at : at + at_once], room, sampling, stops, num_beams, ignore_eos, on_text, cache,
                                 clock, result)  # fmt: skip
         finally:
-            self._count(stats, clock, sum(map(len, ids)), began)
+            self._count(stats, clock, sum(map(len, ids)), began, used)
             notes += self.engine.notes
             self.engine.notes.clear()
             stats.sequences = len(ids)
@@ -247,7 +249,9 @@ class Model:
             result.text.append(self._decode(done))
             result.finish.append("stop" if stopped else "length")
 
-    def _count(self, stats: RequestStats, clock: _Clock, prompt_tokens: int, began: float) -> None:
+    def _count(
+        self, stats: RequestStats, clock: _Clock, prompt_tokens: int, began: float, before: list[LayerUse]
+    ) -> None:
         stats.prompt_tokens = prompt_tokens
         stats.total_s = time.perf_counter() - began
         stats.ttft_s = (clock.first or time.perf_counter()) - began
@@ -258,7 +262,9 @@ class Model:
             else:
                 stats.decode += step
         stats.peak_rss_bytes = mem.peak_rss()
-        stats.experts = self.plan.experts_total > 0
+        ahead = self.engine.experts
+        if ahead is not None:
+            stats.experts_by_layer = tuple(now - then for now, then in zip(ahead.use, before, strict=True))
         stats.prefill_pass_tokens = self.engine.steps[0].tokens if self.engine.steps else 0
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moe import LayerUse
+
 if TYPE_CHECKING:
     from offload.planning.predict import Prediction
 
@@ -52,7 +54,7 @@ class RequestStats:
     decode: StepStats = field(default_factory=StepStats)
     peak_rss_bytes: int = 0
     budget_bytes: int = 0
-    experts: bool = False
+    experts_by_layer: tuple[LayerUse, ...] = ()  # of all passes; empty where no expert ever moves
     prefill_pass_tokens: int = 0  # of the first pass over the prompt, all sequences together
     prediction: Prediction | None = None  # None where none is made: beam search, several batches in one call
     learned: str = ""  # what this run corrected for the next plan, and why
@@ -63,6 +65,11 @@ class RequestStats:
         if self.new_tokens <= self.sequences or self.decode_s <= 0:
             return None
         return (self.new_tokens - self.sequences) / self.decode_s
+
+    @property
+    def experts_use(self) -> LayerUse | None:
+        """All layers together; None where no expert ever moves."""
+        return sum(self.experts_by_layer, LayerUse()) if self.experts_by_layer else None
 
     @property
     def predicted_decode_tokens_per_s(self) -> float | None:

@@ -212,6 +212,21 @@ class Residency:
         with self._lock:
             return key in self._entries
 
+    def held(self, key: str) -> bool:
+        """Whether the block is in memory or on its way there."""
+        with self._lock:
+            return self._entries[key].slot is not None
+
+    def keep(self, key: str) -> bool:
+        """The block will be needed soon: it counts as just used. False if it is neither there nor on its way."""
+        with self._lock:
+            entry = self._entries[key]
+            if entry.slot is None:
+                return False
+            if entry.pool is not None:
+                self._pools[entry.pool][1].touched(key)
+            return True
+
     def cancel_prefetches(self) -> None:
         """Drop every unleased transfer that is still under way and free its slot."""
         with self._lock:

@@ -13,6 +13,7 @@ from offload.planning.machine import Machine, described
 from offload.planning.placement import Budgets, Overrides
 from offload.planning.predict import Workload
 from offload.planning.report import Report, report
+from offload.planning.routing import EVEN
 from offload.resolve import resolve_for_plan
 from offload.sizes import parse_size
 from tiers import UsageError
@@ -41,7 +42,7 @@ def ask(
         else None
     )
     context = config.context or workload.context
-    repeat = 0.0
+    routing = EVEN
     machine: Machine
     if wanted is not None:
         if config.device not in ("auto", "cuda", "cpu"):
@@ -58,12 +59,12 @@ def ask(
         ram = ram_budget(config)
         machine = hardware.machine_of(folder, device, ram=ram, vram=vram)
         known = calibration.load(hardware.identity(folder, device), description.facts)
-        machine, repeat = known.apply(machine), known.repeat
+        machine, routing = known.apply(machine), known.routing
         budgets = Budgets(ram, max(_BASE, mem.rss()), vram, device_base, resident, context)
     overrides = Overrides.of(config.overrides or {})
     if workload.batch > 1:
         description = description.for_batch(workload.batch)
-    return report(description, budgets, machine, workload, repeat, overrides, alternatives=alternatives)[0]
+    return report(description, budgets, machine, workload, routing, overrides, alternatives=alternatives)[0]
 
 
 def _size(given: str | int | None, has: int, flag: str) -> int:

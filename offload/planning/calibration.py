@@ -19,6 +19,7 @@ from offload.plan_cache import cache_folder
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine, Rates
 from offload.planning.predict import Prediction
+from offload.planning.routing import Routing
 from offload.stats import RequestStats
 
 TOLERANCE = 0.10  # of the measured time
@@ -32,13 +33,20 @@ _LEAST_PROMPT = 16  # tokens; a shorter one's pass is mostly the first use of th
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`corrections` are (tokens of a pass, factor on its compute); `repeat` see `planning.routing`."""
+    """`corrections` are (tokens of a pass, factor on its compute); the shares see `planning.routing.Routing`."""
 
     corrections: tuple[tuple[int, float], ...] = ()
     disk_bytes_per_s: float | None = None
     repeat: float = 0.0
+    recall: float = 0.0
+    precision: float = 1.0
     runs: int = 0
     reason: str = ""
+
+    @property
+    def routing(self) -> Routing:
+        """What is known of the model's router."""
+        return Routing(self.repeat, self.recall, self.precision)
 
     def apply(self, machine: Machine) -> Machine:
         """The machine as this model finds it."""
@@ -103,8 +111,14 @@ def observe(
         measured = (stats.decode.seconds - stats.decode.stall_s) / steps
         predicted = prediction.decode.seconds - prediction.decode.stall_s
         new = _correct(new, rates, stats.sequences, measured, predicted, later, reasons)
-        read, wanted = prediction.decode.bytes_read, stats.decode.bytes_read / steps
-        if stats.experts and abs(read - wanted) > beyond * max(read, wanted):
+        use = stats.experts_use
+        if use is not None and use.needed and use.predicted:
+            recall, precision = use.recall or 0.0, use.precision or 0.0
+            if abs(recall - new.recall) > beyond / 2:
+                reasons.append(f"{100 * recall:.0f}% of experts were foreseen")
+            new = replace(new, recall=round(recall, 3), precision=round(max(0.05, precision), 3))
+        read, wanted = predict(new).decode.bytes_read, stats.decode.bytes_read / steps
+        if use is not None and abs(read - wanted) > beyond * max(read, wanted):
             new = replace(new, repeat=_repeat(new, wanted, predict))
             reasons.append(f"{100 * new.repeat:.0f}% of experts were the token's before")
     if late is not None and abs(late) > beyond:

@@ -11,7 +11,7 @@ from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
 from offload.planning.placement import Plan, TierPlan
-from offload.planning.routing import PassMisses, draw
+from offload.planning.routing import EVEN, PassMisses, Routing, draw
 from offload.planning.timeline import Placement, Streams, Timeline, Usage
 
 ALL = 1 << 61  # slots for every expert, filled beforehand
@@ -53,7 +53,7 @@ class Prediction:
     hit_rate: float
     bottleneck: str
     simulated: bool
-    repeat: float
+    routing: Routing
 
     @property
     def share_of_floor(self) -> float:
@@ -82,13 +82,13 @@ def placement(facts: ModelFacts, device: TierPlan | None, host: TierPlan) -> Pla
     return Placement(streams, below, ALL if loaded else slots, host.expert_slots if device is not None else 0)
 
 
-def predict(facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, repeat: float = 0.0) -> Prediction:
-    """How fast `plan` runs `workload`. `repeat`: how likely a token's expert was its predecessor's too."""
-    return simulate(facts, placement(facts, plan.device, plan.host), plan.prefill_chunk, machine, workload, repeat)[0]
+def predict(facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, routing: Routing = EVEN) -> Prediction:
+    """How fast `plan` runs `workload`, with what is known of the router."""
+    return simulate(facts, placement(facts, plan.device, plan.host), plan.prefill_chunk, machine, workload, routing)[0]
 
 
 def simulate(
-    facts: ModelFacts, where: Placement, chunk: int, machine: Machine, workload: Workload, repeat: float = 0.0
+    facts: ModelFacts, where: Placement, chunk: int, machine: Machine, workload: Workload, routing: Routing = EVEN
 ) -> tuple[Prediction, Timeline]:
     """A request on the virtual clock, and the timeline it left."""
     chunks = chunks_of(workload, chunk)
@@ -98,8 +98,8 @@ def simulate(
     routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
     if routed:
         tokens = tuple(workload.batch * n for n in chunks)
-        first, then = draw(routed, tokens, steps, workload.batch, repeat, workload.warm)
-    timeline = Timeline(facts, machine, where)
+        first, then = draw(routed, tokens, steps, workload.batch, routing.repeat, workload.warm)
+    timeline = Timeline(facts, machine, where, routing)
     prefill = Usage()
     past = workload.past_tokens
     stride = max(1, -(-len(chunks) // _SAMPLED))
@@ -120,17 +120,17 @@ def simulate(
         hit_rate=1 - min(1.0, up / needed) if needed else 1.0,
         bottleneck=decode.bottleneck,
         simulated=not machine.measured,
-        repeat=repeat,
+        routing=routing,
     )
     return prediction, timeline
 
 
 def last_step(
-    facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, repeat: float = 0.0
+    facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, routing: Routing = EVEN
 ) -> list[tuple[str, str, float, float]]:
     """(lane, name, start, end) of the last decode step simulated, from its own start, in seconds."""
     where = placement(facts, plan.device, plan.host)
-    _, timeline = simulate(facts, where, plan.prefill_chunk, machine, workload, repeat)
+    _, timeline = simulate(facts, where, plan.prefill_chunk, machine, workload, routing)
     began = timeline.last_began
     return [(lane, name, max(0.0, a - began), b - began) for lane, name, a, b in timeline.slices if b > began]
 

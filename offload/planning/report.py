@@ -11,6 +11,7 @@ from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine, Rates
 from offload.planning.placement import Budgets, Overrides, Plan, TierPlan, device_map
 from offload.planning.predict import Prediction, Workload, last_step, predict
+from offload.planning.routing import EVEN, Routing
 from offload.planning.search import Chosen, choose
 from offload.sizes import ceil_mib, format_size
 from tiers import BudgetError
@@ -99,7 +100,7 @@ class Report:
 
     def step(self) -> list[tuple[str, str, float, float]]:
         """(lane, name, start, end) of one predicted decode step, in seconds."""
-        return last_step(self.facts, self.plan, self.machine, self.workload, self.prediction.repeat)
+        return last_step(self.facts, self.plan, self.machine, self.workload, self.prediction.routing)
 
     def text(self) -> str:
         """Lines for a terminal."""
@@ -107,13 +108,13 @@ class Report:
 
 
 def report(
-    described: Description, budgets: Budgets, machine: Machine, workload: Workload, repeat: float = 0.0,
+    described: Description, budgets: Budgets, machine: Machine, workload: Workload, routing: Routing = EVEN,
     overrides: Overrides | None = None, *, alternatives: bool = True,
 ) -> tuple[Report, Chosen]:  # fmt: skip
     """Plan for `workload` and tell. Without `alternatives`, batches and what-ifs are left out. Raises as `choose`."""
-    chosen = choose(described, budgets, machine, workload, repeat, overrides)
-    batch = _best_batch(described, budgets, machine, workload, repeat) if alternatives else None
-    rows = tuple(_what_if(described, budgets, machine, workload, repeat, chosen)) if alternatives else ()
+    chosen = choose(described, budgets, machine, workload, routing, overrides)
+    batch = _best_batch(described, budgets, machine, workload, routing) if alternatives else None
+    rows = tuple(_what_if(described, budgets, machine, workload, routing, chosen)) if alternatives else ()
     told = tell(described, machine, chosen, batch, rows)
     return told, chosen
 
@@ -140,12 +141,16 @@ def assumptions(machine: Machine, facts: ModelFacts, workload: Workload, predict
         + (", expert cache warm" if workload.warm else "")
     )
     if facts.experts:
+        routing = prediction.routing
         said.append(
-            f"{100 * prediction.repeat:.0f}% of a token's experts were the token's before (seen in earlier runs), "
-            "the others even"
-            if prediction.repeat
+            f"{100 * routing.repeat:.0f}% of a token's experts were the token's before, the others even"
+            if routing.repeat
             else "experts chosen evenly: real routers repeat themselves, which is faster"
         )
+        if routing.recall:
+            said.append(f"{100 * routing.recall:.0f}% of the experts foreseen a layer ahead, as in earlier runs")
+        else:
+            said.append("no expert foreseen: how many are is learned by running the model")
     said.append("transfers are slowed by nothing else on the machine")
     return said
 
@@ -183,7 +188,7 @@ def _placement(facts: ModelFacts, plan: Plan) -> Iterator[Row]:
 
 
 def _best_batch(
-    described: Description, budgets: Budgets, machine: Machine, workload: Workload, repeat: float
+    described: Description, budgets: Budgets, machine: Machine, workload: Workload, routing: Routing
 ) -> Chosen | None:
     best: Chosen | None = None
     for n in BATCHES:
@@ -191,7 +196,7 @@ def _best_batch(
         if many.context > described.demand.max_context * n:
             break
         try:
-            found = choose(described.for_batch(n), replace(budgets, context=many.context), machine, many, repeat)
+            found = choose(described.for_batch(n), replace(budgets, context=many.context), machine, many, routing)
         except BudgetError:
             break
         if best is not None and found.prediction.decode_tokens_per_s < _ENOUGH * best.prediction.decode_tokens_per_s:
@@ -201,13 +206,13 @@ def _best_batch(
 
 
 def _what_if(
-    described: Description, budgets: Budgets, machine: Machine, workload: Workload, repeat: float, now: Chosen
+    described: Description, budgets: Budgets, machine: Machine, workload: Workload, routing: Routing, now: Chosen
 ) -> Iterator[WhatIf]:
     present = now.prediction.decode_tokens_per_s
 
     def row(change: str, b: Budgets, m: Machine, d: Description = described, available: bool = True) -> WhatIf:
         try:
-            p = choose(d, b, m, workload, repeat).prediction
+            p = choose(d, b, m, workload, routing).prediction
         except BudgetError:
             return WhatIf(change, None, None, available)
         return WhatIf(change, p.decode_tokens_per_s, p.decode_tokens_per_s / present, available, p.bottleneck)
@@ -227,7 +232,7 @@ def _what_if(
         yield row("int8 weights", budgets, machine, _shrunk(described, 2), available=False)
         yield row("int4 weights", budgets, machine, _shrunk(described, 4), available=False)
     # one pass verifies the guesses and the token before them; those that are right, and one more, are kept
-    guessed = predict(described.facts, now.plan, machine, replace(workload, batch=_GUESSES + 1), repeat)
+    guessed = predict(described.facts, now.plan, machine, replace(workload, batch=_GUESSES + 1), routing)
     rate = (_RIGHT + 1) / guessed.decode.seconds
     change = f"speculation, {_RIGHT} of {_GUESSES} guesses right, drafting free"
     yield WhatIf(change, rate, rate / present, False, guessed.bottleneck)

@@ -13,6 +13,21 @@ import random
 from bisect import bisect_left
 from dataclasses import dataclass
 
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What is known of a model's router, from runs.
+
+    `repeat`: how likely a token's expert was its predecessor's. `recall`: the share of the experts needed that were
+    foreseen a layer ahead; `precision`: the share of those foreseen that were needed.
+    """
+
+    repeat: float = 0.0
+    recall: float = 0.0
+    precision: float = 1.0
+
+
+EVEN = Routing()  # nothing is known: every expert is as likely as the others
 MAX_STEPS = 16  # decode steps drawn; what follows is like the last quarter of them
 _MAX_TOUCHES = 60_000  # bounds the time of a plan; very large models are drawn for fewer steps
 _SEED = 1

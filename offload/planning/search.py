@@ -19,7 +19,7 @@ from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
 from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
 from offload.planning.predict import ALL, Prediction, Workload, chunks_of, placement, predict, simulate
-from offload.planning.routing import draw
+from offload.planning.routing import EVEN, Routing, draw
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,25 @@ def choose(
     budgets: Budgets,
     machine: Machine,
     workload: Workload,
-    repeat: float = 0.0,
+    routing: Routing = EVEN,
     overrides: Overrides | None = None,
 ) -> Chosen:
     """The best plan for `workload`. Raises `BudgetError`, `UsageError` as `make_plan` does."""
     facts = described.facts
-    bound = _Bound(facts, machine, workload, repeat)
+    bound = _Bound(facts, machine, workload, routing)
 
     def exact(host: TierPlan, device: TierPlan | None, chunk: int) -> float:
-        return simulate(facts, placement(facts, device, host), chunk, machine, workload, repeat)[0].total_s(workload)
+        return simulate(facts, placement(facts, device, host), chunk, machine, workload, routing)[0].total_s(workload)
 
     plan = make_plan(described.layout, described.demand, budgets, Scores(bound, exact), overrides)
-    return Chosen(plan, predict(facts, plan, machine, workload, repeat), workload)
+    return Chosen(plan, predict(facts, plan, machine, workload, routing), workload)
 
 
 class _Bound:
     """Seconds no schedule can do without, for a placement: the busiest of compute, link and disk."""
 
-    def __init__(self, facts: ModelFacts, machine: Machine, workload: Workload, repeat: float) -> None:
-        self._facts, self._machine, self._workload, self._repeat = facts, machine, workload, repeat
+    def __init__(self, facts: ModelFacts, machine: Machine, workload: Workload, routing: Routing) -> None:
+        self._facts, self._machine, self._workload, self._routing = facts, machine, workload, routing
         self._sizes = {key: n for layer in facts.layers for key, n in layer.parts} | dict(facts.head)
         self._all = sum(self._sizes.values())
         self._prefill: dict[int, list[tuple[float, _Work, list[int]]]] = {}
@@ -62,7 +62,7 @@ class _Bound:
         routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
         self._expert_bytes = max((y.expert_bytes for y in facts.layers), default=0)
         steps = max(1, workload.new_tokens - 1)
-        then = draw(routed, (), steps, workload.batch, repeat, workload.warm)[1] if routed else ()
+        then = draw(routed, (), steps, workload.batch, routing.repeat, workload.warm)[1] if routed else ()
         each = [m.distances for m in then[len(then) // 2 :]]
         self._decode = sorted(heapq.merge(*(d for distances in each for d in distances)))
         self._decode_passes = max(1, len(each))
@@ -92,8 +92,9 @@ class _Bound:
         up = (len(distances) - bisect_left(distances, slots)) / passes * n
         read = (len(distances) - bisect_left(distances, below)) / passes * n
         rate = machine.link_bytes_per_s or math.inf
-        # experts are fetched once they are chosen: that hides behind other experts at most
-        chosen = work.dense_s + max(work.experts_s, up / rate, read / machine.disk_bytes_per_s)
+        # experts that nobody foresaw are fetched once they are chosen: that hides behind other experts at most
+        late = 1 - self._routing.recall
+        chosen = work.dense_s + max(work.experts_s, late * up / rate, late * read / machine.disk_bytes_per_s)
         return max(chosen, (streamed + up) / rate, (unread + read) / machine.disk_bytes_per_s)
 
     def _passes(self, chunk: int) -> list[tuple[float, _Work, list[int]]]:
@@ -103,9 +104,8 @@ class _Bound:
             facts, workload = self._facts, self._workload
             chunks = chunks_of(workload, chunk)
             routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
-            first = draw(
-                routed, tuple(workload.batch * n for n in chunks[:2]), 1, workload.batch, self._repeat, workload.warm
-            )[0]
+            tokens = tuple(workload.batch * n for n in chunks[:2])
+            first = draw(routed, tokens, 1, workload.batch, self._routing.repeat, workload.warm)[0]
             known = []
             for i, new in enumerate(chunks[:2]):
                 times = 1.0 if i == 0 else sum(chunks[1:]) / new  # the last one may be shorter

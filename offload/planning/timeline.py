@@ -1,8 +1,8 @@
 """A plan on a virtual clock: the same schedule and prefetcher that run live, over links that only take time.
 
-What is modelled: links that serve in order, demand before prefetch, a window of slots, disk → host → device
-pipelined per block, experts that are read when the router has chosen, compute that is slowed by transfers beside it.
-What is not: requests inside a block (a block arrives when its last byte does), and anything random.
+What is modelled: links that serve in order, demand before prefetch, a window of slots, disk → host → device pipelined
+per block, experts that are read when the router has chosen them or was foreseen to, compute that is slowed by transfers
+beside it. What is not: requests inside a block (a block arrives when its last byte does), and anything random.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
 from offload.planning.placement import READERS
-from offload.planning.routing import PassMisses
+from offload.planning.routing import EVEN, PassMisses, Routing
 from prefetch import CyclicSchedule, Prefetcher
 from tiers import CHUNK, NextUse
 
@@ -151,7 +151,9 @@ class Clock:
 class Timeline:
     """One model, one machine, one placement: pass after pass on a virtual clock."""
 
-    def __init__(self, facts: ModelFacts, machine: Machine, placement: Placement) -> None:
+    def __init__(self, facts: ModelFacts, machine: Machine, placement: Placement, routing: Routing = EVEN) -> None:
+        self._routing = routing
+        self._foreseen: dict[int, float] = {}  # layer of experts → when those fetched ahead are there
         self._facts = facts
         self._machine = machine
         self._placement = placement
@@ -260,29 +262,52 @@ class Timeline:
         """Compute a layer's experts, those at hand first; returns the wait for the others."""
         needed = misses.needed(number)
         missed = misses.missed(number, self._placement.expert_slots)
-        there = self._clock.now
-        if missed:
-            there = self._demand(missed, nbytes, misses, number)
-        if needed > missed:
-            self._compute("experts", (needed - missed) * each)
-        if not missed:
+        foreseen = self._foreseen.pop(number, None)
+        asked = missed if foreseen is None else missed * (1 - self._routing.recall)
+        there = self._demand(asked, nbytes, misses, number) if asked else self._clock.now
+        if foreseen is not None and foreseen <= self._clock.now:
+            absent = asked
+        else:
+            absent, there = float(missed), max(there, foreseen or 0.0)
+        self._look(nbytes, misses, number + 1)
+        self._compute("experts", (needed - absent) * each)
+        if not absent:
             return 0.0
         # they come one after another and are computed as they do: the last one is what is waited for
-        self._compute("experts", (missed - 1) * each)
+        last = min(1.0, absent)
+        self._compute("experts", (absent - last) * each)
         wait = max(0.0, there - self._clock.now)
         self._clock.now += wait
-        self._compute("experts", each)
+        self._compute("experts", last * each)
         return wait
 
-    def _demand(self, missed: int, nbytes: int, misses: PassMisses, number: int) -> float:
+    def _look(self, nbytes: int, misses: PassMisses, number: int) -> None:
+        """Fetch what is foreseen of the next layer's experts, behind everything that is queued already."""
+        if number >= len(misses.distances) or not self._routing.recall:
+            return
+        missed = misses.missed(number, self._placement.expert_slots)
+        fetched = missed * self._routing.recall / self._routing.precision
+        if not fetched:
+            return
+        now = self._clock.now
+        if self._link is None:
+            self._foreseen[number] = self._disk.send("experts", fetched * nbytes, now)
+            return
+        below = max(self._placement.expert_slots, self._placement.host_expert_slots)
+        absent = misses.missed(number, below) * self._routing.recall / self._routing.precision
+        ready = self._disk.send("experts", absent * nbytes, now) if absent else 0.0
+        self._foreseen[number] = self._link.send("experts", fetched * nbytes, now, ready)
+
+    def _demand(self, asked: float, nbytes: int, misses: PassMisses, number: int) -> float:
         """Fetch experts before anything else that is queued; returns when the last one is there."""
         now = self._clock.now
         if self._link is None:
-            return self._urgent(self._disk, self._tier, missed * nbytes)
+            return self._urgent(self._disk, self._tier, asked * nbytes)
+        missed = misses.missed(number, self._placement.expert_slots)
         below = max(self._placement.expert_slots, self._placement.host_expert_slots)
-        absent = min(missed, misses.missed(number, below))
+        absent = asked * min(missed, misses.missed(number, below)) / missed
         ready = self._urgent(self._disk, self._host, absent * nbytes) if absent else now
-        sent = self._urgent(self._link, self._tier, missed * nbytes)
+        sent = self._urgent(self._link, self._tier, asked * nbytes)
         return max(sent, ready + min(nbytes, _FIRST_PART) / self._link.bytes_per_s if absent else 0.0)
 
     def _urgent(self, link: _Link, tier: _Tier | None, nbytes: float) -> float:
