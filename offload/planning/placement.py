@@ -318,7 +318,9 @@ def _fastest(
     """The candidate with the best exact score, as far as time allows: in order of bound, until no other can win."""
     # ties go to the candidate listed first, which streams least; rounding keeps the order of sums out of it
     bounds = [scores.bound(*both(p), chunk) for chunk, p in candidates]
-    ranked = sorted((_rounded(bounds[i]), -p.lookahead, i) for i, (_, p) in enumerate(candidates))
+    ranked = sorted(
+        (_rounded(s), -p.lookahead, i) for i, (s, (_, p)) in enumerate(zip(bounds, candidates, strict=True))
+    )
     firsts: dict[int, tuple[float, int, int]] = {}  # the bound does not see what lookahead is good for
     for entry in ranked:
         firsts.setdefault(entry[1], entry)
