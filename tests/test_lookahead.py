@@ -94,8 +94,9 @@ def test_no_more_is_fetched_ahead_than_allowed(cache: Cache) -> None:
     assert ahead.use[1].fetched == 2, "they are there and unused"
 
 
-def test_useless_predictions_are_given_up_for_a_while(cache: Cache) -> None:
+def test_useless_predictions_are_given_up_for_a_while(tmp_path: Path) -> None:
     """The adversary: always foresees what is not needed."""
+    cache = Cache(tmp_path / "data.bin", 6)
     rng = random.Random(1)
     wrong: list[int] = []
     ahead = ExpertLookahead(cache.residency, cache.keys, [None, lambda h: torch.tensor([wrong]), None], most=4)
@@ -112,6 +113,7 @@ def test_useless_predictions_are_given_up_for_a_while(cache: Cache) -> None:
     assert use.right == 0
     assert use.fetched <= rounds * K * (module._JUDGED / (module._JUDGED + module._PAUSE))
     assert use.fetched > module._JUDGED, "after a pause it is tried again"
+    cache.queue.close()
 
 
 def test_useful_predictions_go_on(cache: Cache) -> None:
@@ -154,13 +156,14 @@ def test_a_router_asked_apart_says_what_it_says_in_its_block(family: str) -> Non
     assert asked or family == "minimax_m2", "this one's router needs more than the hidden states"
     with torch.inference_mode():
         model(torch.arange(5, 12)[None])
-    for name, layer in hf.decoder_layers(model):
-        if name in seen:
-            ((sub, _),) = hf.experts_modules(layer)
-            router = hf.router_of(layer, sub)
-            assert router is not None
-            hidden, index = seen[name]
-            assert torch.equal(router(hidden).sort(-1).values, index.sort(-1).values)
+        for name, layer in hf.decoder_layers(model):
+            if name in seen:
+                ((sub, _),) = hf.experts_modules(layer)
+                router = hf.router_of(layer, sub)
+                assert router is not None
+                hidden, index = seen[name]
+                assert torch.equal(router(hidden).sort(-1).values, index.sort(-1).values)
+    assert len(seen) == asked
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
@@ -168,7 +171,7 @@ def test_tokens_do_not_change_and_fewer_are_waited_for(tmp_path: Path, device: s
     oracle = save(build("qwen3_moe", num_hidden_layers=6), tmp_path)
     prompt = torch.randint(4, 160, (1, 9), generator=torch.Generator().manual_seed(3))
     want = oracle.generate(prompt, max_new_tokens=16, do_sample=False)[0, 9:].tolist()
-    options = {"device": device, "resident": "60%", "context": 64}
+    options = {"device": device, "resident": "85%", "context": 64}
     if device == "emulated":
         options["vram"] = "8MiB"
     with offload.load(tmp_path, **options) as model:

@@ -19,7 +19,7 @@ from offload.plan_cache import cache_folder
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine, Rates
 from offload.planning.predict import Prediction
-from offload.planning.routing import Routing
+from offload.planning.routing import EVEN, Routing
 from offload.stats import RequestStats
 
 TOLERANCE = 0.10  # of the measured time
@@ -38,8 +38,8 @@ class Calibration:
     corrections: tuple[tuple[int, float], ...] = ()
     disk_bytes_per_s: float | None = None
     repeat: float = 0.0
-    recall: float = 0.0
-    precision: float = 1.0
+    recall: float = EVEN.recall
+    precision: float = EVEN.precision
     runs: int = 0
     reason: str = ""
 
@@ -113,7 +113,9 @@ def observe(
         new = _correct(new, rates, stats.sequences, measured, predicted, later, reasons)
         use = stats.experts_use
         if use is not None and use.needed and use.predicted:
-            recall, precision = use.recall or 0.0, use.precision or 0.0
+            # of the layers that are foreseen at all: nobody looks ahead to the first one
+            needed = sum(u.needed for u in stats.experts_by_layer[1:])
+            recall, precision = use.right / max(1, needed), use.precision or 0.0
             if abs(recall - new.recall) > beyond / 2:
                 reasons.append(f"{100 * recall:.0f}% of experts were foreseen")
             new = replace(new, recall=round(recall, 3), precision=round(max(0.05, precision), 3))

@@ -79,7 +79,9 @@ def placement(facts: ModelFacts, device: TierPlan | None, host: TierPlan) -> Pla
     streams = Streams(away, compute.stream.count if compute.stream else 0)
     slots = compute.expert_slots
     loaded = not away and slots == facts.experts  # nothing moves any more: experts are there before the first pass
-    return Placement(streams, below, ALL if loaded else slots, host.expert_slots if device is not None else 0)
+    beside = host.expert_slots if device is not None else 0
+    heads = {key for key, _ in facts.head}
+    return Placement(streams, below, ALL if loaded else slots, beside, all(key in heads for key, _ in away))
 
 
 def predict(facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, routing: Routing = EVEN) -> Prediction:

@@ -78,22 +78,26 @@ class _Bound:
         if not streamed and slots == self._facts.experts:
             slots = ALL  # loaded beforehand, as in `predict.placement`
         below = max(slots, host.expert_slots)
+        foresees = streamed == sum(n for key, n in self._facts.head if key not in compute.pinned)
         workload = self._workload
         total = 0.0
         for times, work, distances in self._passes(chunk):
-            total += times * self._busiest(work, streamed, unread, distances, 1, slots, below)
-        step = self._busiest(self._decode_compute, streamed, unread, self._decode, self._decode_passes, slots, below)
+            total += times * self._busiest(work, streamed, unread, distances, 1, slots, below, foresees)
+        step = self._busiest(
+            self._decode_compute, streamed, unread, self._decode, self._decode_passes, slots, below, foresees
+        )
         return total + step * (workload.new_tokens - 1)
 
     def _busiest(
-        self, work: _Work, streamed: float, unread: float, distances: list[int], passes: int, slots: int, below: int
-    ) -> float:
+        self, work: _Work, streamed: float, unread: float, distances: list[int], passes: int, slots: int, below: int,
+        foresees: bool,
+    ) -> float:  # fmt: skip
         machine, n = self._machine, self._expert_bytes
         up = (len(distances) - bisect_left(distances, slots)) / passes * n
         read = (len(distances) - bisect_left(distances, below)) / passes * n
         rate = machine.link_bytes_per_s or math.inf
         # experts that nobody foresaw are fetched once they are chosen: that hides behind other experts at most
-        late = 1 - self._routing.recall
+        late = 1 - self._routing.recall if foresees else 1.0
         chosen = work.dense_s + max(work.experts_s, late * up / rate, late * read / machine.disk_bytes_per_s)
         return max(chosen, (streamed + up) / rate, (unread + read) / machine.disk_bytes_per_s)
 

@@ -62,6 +62,7 @@ class Placement:
     host: Streams | None
     expert_slots: int
     host_expert_slots: int = 0
+    foresees: bool = True  # no layer is streamed, so the next layer's router is there to be asked
 
 
 @dataclass(slots=True)
@@ -283,7 +284,7 @@ class Timeline:
 
     def _look(self, nbytes: int, misses: PassMisses, number: int) -> None:
         """Fetch what is foreseen of the next layer's experts, behind everything that is queued already."""
-        if number >= len(misses.distances) or not self._routing.recall:
+        if number >= len(misses.distances) or not self._routing.recall or not self._placement.foresees:
             return
         missed = misses.missed(number, self._placement.expert_slots)
         fetched = missed * self._routing.recall / self._routing.precision
