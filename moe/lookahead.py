@@ -27,7 +27,7 @@ class LayerUse:
     """Experts of one layer, counted: needed = hit + ahead + late + missed.
 
     `ahead` came in time because they were foreseen, `late` were foreseen but still on their way. `fetched` ahead in
-    all, of which `wasted` had to make room before they were used.
+    all, of which `wasted` were not what the layer then chose.
     """
 
     needed: int = 0
@@ -60,7 +60,7 @@ class LayerUse:
 class ExpertLookahead:
     """One model's experts: `keys[layer][e]` are blocks, `gates[layer]` the layer's router or None.
 
-    `most` bounds the experts fetched ahead and not used yet; the slots they take are slots others lose.
+    `most` bounds the experts fetched ahead of one layer; the slots they take are slots others lose.
     """
 
     def __init__(
@@ -73,22 +73,23 @@ class ExpertLookahead:
         self.use = [LayerUse() for _ in keys]
         self._foreseen: set[int] = set()  # experts foreseen for the layer in `_for`
         self._for = -1
-        self._unused: dict[str, int] = {}  # fetched ahead and not used yet, and for which layer
+        self._fetched: set[int] = set()  # of these, the ones fetched
         self._judged = self._useful = 0
         self._paused = 0
 
     def needs(self, layer: int, experts: Sequence[int]) -> None:
         """The router has chosen these experts (distinct), and none of them is leased yet."""
         use, keys = self.use[layer], self._keys[layer]
+        foreseen, fetched = (self._foreseen, self._fetched) if self._for == layer else (set(), set())
+        self._for = -1
         use.needed += len(experts)
-        if self._for == layer:
-            use.predicted += len(self._foreseen)
-            use.right += len(self._foreseen.intersection(experts))
+        use.predicted += len(foreseen)
+        use.right += len(foreseen.intersection(experts))
+        use.wasted += len(fetched.difference(experts))
+        self._useful += len(fetched.intersection(experts))
         for e in experts:
             there = self._residency.resident(keys[e])
-            if keys[e] in self._unused:
-                del self._unused[keys[e]]
-                self._useful += 1
+            if e in fetched:
                 use.ahead += there
                 use.late += not there
             else:
@@ -105,28 +106,20 @@ class ExpertLookahead:
             return
         keys, use = self._keys[following], self.use[following]
         experts = [e for e in torch.unique(gate(hidden)).tolist() if e < len(keys)]
-        self._foreseen, self._for = set(experts), following
-        absent = []
-        for e in experts:
-            if not self._residency.keep(keys[e]):
-                absent.append(e)
-        for e in absent:
-            if len(self._unused) >= self._most or not self._residency.prefetch(keys[e]):
+        self._foreseen, self._fetched, self._for = set(experts), set(), following
+        absent = [e for e in experts if not self._residency.keep(keys[e])]
+        for e in absent[: self._most]:
+            if not self._residency.prefetch(keys[e]):
                 break
-            self._unused[keys[e]] = following
-            self._judged += 1
-            use.fetched += 1
+            self._fetched.add(e)
+        self._judged += len(self._fetched)
+        use.fetched += len(self._fetched)
 
     def _willing(self) -> bool:
-        """Whether looking ahead pays; forgets what was fetched ahead and has left memory unused."""
+        """Whether looking ahead pays, by what became of the last fetches."""
         if self._paused:
             self._paused -= 1
             return False
-        if len(self._unused) >= self._most or self._judged >= _JUDGED:
-            for key, layer in list(self._unused.items()):
-                if not self._residency.held(key):
-                    del self._unused[key]
-                    self.use[layer].wasted += 1
         if self._judged >= _JUDGED:
             if self._useful < _LEAST_USEFUL * self._judged:
                 self._paused = _PAUSE

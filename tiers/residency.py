@@ -212,11 +212,6 @@ class Residency:
         with self._lock:
             return key in self._entries
 
-    def held(self, key: str) -> bool:
-        """Whether the block is in memory or on its way there."""
-        with self._lock:
-            return self._entries[key].slot is not None
-
     def keep(self, key: str) -> bool:
         """The block will be needed soon: it counts as just used. False if it is neither there nor on its way."""
         with self._lock:
