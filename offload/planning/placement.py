@@ -584,16 +584,16 @@ def device_map(layout: ModelLayout, plan: Plan) -> dict[str, int | str]:
     pools = expert_pools(layout)
     classes = _size_classes(layout)
 
-    def all_experts(tier: TierPlan, groups: Sequence[ExpertGroup]) -> bool:
+    def all_experts(groups: Sequence[ExpertGroup], *tiers: TierPlan) -> bool:
         sizes = {classes[_slot(g)] for g in groups}
-        held = {s: tier.experts[s].count if s in tier.experts else 0 for s in sizes}
-        return all(held[s] >= len(pools[s]) for s in sizes)
+        return all(any(s in t.experts and t.experts[s].count >= len(pools[s]) for t in tiers) for s in sizes)
 
     def place(parts: Sequence[LaidOut], groups: Sequence[ExpertGroup] = ()) -> int | str:
         keys = {p.block.key for p in parts}
-        if keys <= pinned and (not groups or all_experts(plan.compute, groups)):
+        if keys <= pinned and (not groups or all_experts(groups, plan.compute)):
             return top
-        if plan.device is not None and keys <= pinned | below and (not groups or all_experts(plan.host, groups)):
+        under = plan.device is not None and keys <= pinned | below
+        if under and (not groups or all_experts(groups, plan.compute, plan.host)):
             return "cpu"
         return "disk"
 
