@@ -401,5 +401,5 @@ def _load(path: Path) -> Profile | None:
         d["link"] = probe.LinkReading(**d["link"]) if d["link"] is not None else None
         d["notes"] = tuple(d["notes"])
         return Profile(**d)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

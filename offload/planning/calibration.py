@@ -166,7 +166,7 @@ def load(machine: str, facts: ModelFacts) -> Calibration:
         d = json.loads(outer["body"])
         points = tuple((int(t), float(f)) for t, f in d.pop("corrections"))
         return Calibration(points, **d)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Calibration()
 
 

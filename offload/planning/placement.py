@@ -28,6 +28,7 @@ CHUNKS = (MIN_CHUNK, 64, 128, 256, 512, 1024, MAX_CHUNK)
 _AHEAD = 2  # most stream slots beyond those of the layer in use
 _TRIED = 12  # how finely the share of memory between dense blocks and experts is searched
 _LEAST_EXACT, _EXACT_LAYERS = 6, 1000  # placements run on the virtual clock, and layers of them: bounds a plan's time
+_SLACK = 1.05  # the bound and the virtual clock see other draws of experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +209,9 @@ def make_plan(
     # the smallest placement, and with it the smallest budgets
     model = _Weights.of(layout)
     least = sum(overhead(least_context, MIN_CHUNK))
-    tight = model.place(_Room.none())
-    assert tight is not None
-    below = model.below(tight).place(_Room.none()) if vram is not None else None
+    tight, streaming = model.smallest(), model.place(_Room.none())
+    assert streaming is not None
+    below = model.below(streaming).place(_Room.none()) if vram is not None else None  # enough under any other, too
     assert below is not None or vram is None
     if below is not None and vram is not None:
         least_ram = page_up(fixed + below.arena)
@@ -243,6 +244,8 @@ def make_plan(
             if more > spare or (more > spare // 16 and spare - more < whole):
                 break
             context = wider
+    if scores is not None:  # they tell what a wider pass is worth in weights
+        chunks = [c for i, c in enumerate(CHUNKS) if i == 0 or CHUNKS[i - 1] < context]
     if by_hand.prefill_chunk is not None:
         chunks = [by_hand.prefill_chunk]
     elif demand.whole_prompt:
@@ -327,7 +330,7 @@ def _fastest(
     others = [entry for entry in ranked if entry is not firsts[entry[1]]]
     best: tuple[float, int, int] | None = None
     for bound, ahead, i in [*firsts.values(), *others][: max(_LEAST_EXACT, _EXACT_LAYERS // layers)]:
-        if best is None or bound < best[0]:
+        if best is None or bound < _SLACK * best[0]:
             chunk, placed = candidates[i]
             scored = _rounded(scores.exact(*both(placed), chunk)), ahead, i
             best = min(best, scored) if best is not None else scored
@@ -408,10 +411,19 @@ class _Weights:
             return self._tier(self._streams(0, len(self._table.order)), room)
         return next((self._tier(s, room) for s in self._fitting(room)), None)
 
+    def smallest(self) -> TierPlan:
+        """The smallest placement. A large block that sets the size of every slot may cost more than one that stays."""
+        every = (self._streams(0, count) for count in range(len(self._table.order) + 1))
+        tier = self._tier(min(every, key=lambda s: (s.arena, s.weights)), _Room.none())
+        assert tier is not None
+        return tier
+
     def options(self, room: _Room, by_hand: Overrides) -> Iterator[TierPlan]:
-        """Placements that differ in lookahead and, where experts compete for the room, in how much is pinned."""
+        """Placements that differ in lookahead, in how much is pinned, and in whether layers are kept whole."""
         aheads = range(_AHEAD, -1, -1) if by_hand.lookahead is None else (by_hand.lookahead,)
-        n = len(self._table.order)
+        if aheads[0] > self._table.most and by_hand.lookahead is not None:
+            return
+        n, layers = len(self._table.order), len(self.dense) - self.head
         for ahead in aheads:
             if by_hand.resident_layers is not None:
                 counts = [self._whole_layers(by_hand.resident_layers, ahead)]
@@ -421,7 +433,11 @@ class _Weights:
                 fitting = [s for s in fitting if room.fits(s.arena, s.weights)]
                 step = max(1, n // _TRIED)
                 first = fitting[0].count if fitting else 0
-                streams = [s for s in fitting if s.count == first or (self.experts and s.count % step == 0)]
+                streams = [s for s in fitting if s.count == first or s.count % step == 0]
+                every = range(layers, -1, -max(1, layers // _TRIED))
+                there = {s.away.tobytes() for s in streams}
+                whole = [s for k in every if (s := self._whole_layers(k, ahead)) is not None]
+                streams += [s for s in whole if s.away.tobytes() not in there and room.fits(s.arena, s.weights)]
             for s in streams:
                 tier = self._tier(s, room, by_hand.expert_slots)
                 if tier is not None:
@@ -429,6 +445,8 @@ class _Weights:
 
     def reason(self, room: _Room, by_hand: Overrides) -> str:
         """Why no placement honours the overrides."""
+        if by_hand.lookahead is not None and by_hand.lookahead > self._table.most:
+            return f"lookahead={by_hand.lookahead}, but no more than {self._table.most} are ever of use"
         layers = len(self.dense) - self.head
         if by_hand.resident_layers is not None and by_hand.resident_layers > layers:
             return f"resident_layers={by_hand.resident_layers}, but the model has {layers} layers and a head"
@@ -461,12 +479,16 @@ class _Weights:
         t = self._table
         if resident > len(self.dense) - self.head:
             return None
+        known = self.cache.get((resident, ahead, "whole"))
+        if isinstance(known, _Streams):
+            return known
         layers = sorted(set(t.layer.tolist()))
         head = layers[-1:] if self.head else []
         body = layers[: len(layers) - len(head)]
         gone = {body[i] for i in _spread(len(body), max(0, len(body) - resident))}
         away = np.array([i for i, layer in enumerate(t.layer.tolist()) if layer in gone], dtype=np.int64)
-        return t.streaming(away, ahead, len(away))
+        found = self.cache[resident, ahead, "whole"] = t.streaming(away, ahead, len(away))
+        return found
 
     def _fitting(self, room: _Room) -> Iterator[_Streams]:
         """Most lookahead first, then fewest streamed."""
@@ -576,16 +598,16 @@ def device_map(layout: ModelLayout, plan: Plan) -> dict[str, int | str]:
     pools = expert_pools(layout)
     classes = _size_classes(layout)
 
-    def all_experts(tier: TierPlan, groups: Sequence[ExpertGroup]) -> bool:
+    def all_experts(groups: Sequence[ExpertGroup], *tiers: TierPlan) -> bool:
         sizes = {classes[_slot(g)] for g in groups}
-        held = {s: tier.experts[s].count if s in tier.experts else 0 for s in sizes}
-        return all(held[s] >= len(pools[s]) for s in sizes)
+        return all(any(s in t.experts and t.experts[s].count >= len(pools[s]) for t in tiers) for s in sizes)
 
     def place(parts: Sequence[LaidOut], groups: Sequence[ExpertGroup] = ()) -> int | str:
         keys = {p.block.key for p in parts}
-        if keys <= pinned and (not groups or all_experts(plan.compute, groups)):
+        if keys <= pinned and (not groups or all_experts(groups, plan.compute)):
             return top
-        if plan.device is not None and keys <= pinned | below and (not groups or all_experts(plan.host, groups)):
+        under = plan.device is not None and keys <= pinned | below
+        if under and (not groups or all_experts(groups, plan.compute, plan.host)):
             return "cpu"
         return "disk"
 

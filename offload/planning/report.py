@@ -181,7 +181,7 @@ def _placement(facts: ModelFacts, plan: Plan) -> Iterator[Row]:
     streamed = sum(n for k, n in sizes.items() if k not in held)
     if streamed:
         yield Row("disk", "dense weights that are streamed", streamed, streamed / weights)
-    rest = max(0, facts.experts - plan.expert_slots - (plan.host.expert_slots if plan.device is not None else 0))
+    rest = facts.experts - max(plan.expert_slots, plan.host.expert_slots)  # RAM holds the device's experts too
     if rest:
         yield Row("disk", f"{rest} experts read when chosen", rest * expert, rest * expert / weights)
     yield Row("disk", "embedding rows, read as needed", facts.embedding_bytes, facts.embedding_bytes / weights)

@@ -21,6 +21,8 @@ from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPla
 from offload.planning.predict import ALL, Prediction, Workload, chunks_of, placement, predict, simulate
 from offload.planning.routing import EVEN, Routing, draw
 
+_PASSES = 4  # over a prompt, drawn for the bound: by then most experts have been used
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -56,14 +58,14 @@ class _Bound:
     def __init__(self, facts: ModelFacts, machine: Machine, workload: Workload, routing: Routing) -> None:
         self._facts, self._machine, self._workload, self._routing = facts, machine, workload, routing
         self._sizes = {key: n for layer in facts.layers for key, n in layer.parts} | dict(facts.head)
-        self._all = sum(self._sizes.values())
         self._prefill: dict[int, list[tuple[float, _Work, list[int]]]] = {}
         middle = workload.past_tokens + workload.prompt_tokens + workload.new_tokens // 2
         routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
         self._expert_bytes = max((y.expert_bytes for y in facts.layers), default=0)
         steps = max(1, workload.new_tokens - 1)
-        then = draw(routed, (), steps, workload.batch, routing.repeat, workload.warm)[1] if routed else ()
-        each = [m.distances for m in then[len(then) // 2 :]]
+        prompt = (workload.batch * workload.prompt_tokens,)  # has used its experts before decoding begins
+        then = draw(routed, prompt, steps, workload.batch, routing.repeat, workload.warm)[1] if routed else ()
+        each = [m.distances for m in (then[-max(1, len(then) // 4) :] if steps > len(then) else then)]
         self._decode = sorted(heapq.merge(*(d for distances in each for d in distances)))
         self._decode_passes = max(1, len(each))
         needed = [sum(map(len, layer)) / len(each) for layer in zip(*each, strict=True)] if each else []
@@ -72,10 +74,14 @@ class _Bound:
     def __call__(self, host: TierPlan, device: TierPlan | None, chunk: int) -> float:
         """Lower bound of the request's seconds."""
         compute = device if device is not None else host
-        streamed = self._all - sum(self._sizes.get(k, 0) for k in compute.pinned)
-        unread = streamed - sum(self._sizes.get(k, 0) for k in host.pinned) if device is not None else streamed
+        streamed = self._passing(compute, set())
+        unread = streamed
+        if device is not None:
+            unread = min(streamed, self._passing(host, set(compute.pinned)))
+            if host.stream is not None:  # all but one of RAM's slots may keep what they hold from pass to pass
+                unread = max(0, unread - (host.stream.count - 1) * host.stream.slot_nbytes)
         slots = compute.expert_slots
-        if not streamed and slots == self._facts.experts:
+        if slots == self._facts.experts and self._sizes.keys() <= set(compute.pinned):
             slots = ALL  # loaded beforehand, as in `predict.placement`
         below = max(slots, host.expert_slots)
         foresees = streamed == sum(n for key, n in self._facts.head if key not in compute.pinned)
@@ -87,6 +93,11 @@ class _Bound:
             self._decode_compute, streamed, unread, self._decode, self._decode_passes, slots, below, foresees
         )
         return total + step * (workload.new_tokens - 1)
+
+    def _passing(self, tier: TierPlan, above: set[str]) -> int:
+        """Bytes that go through a tier in every pass: what is pinned in neither, unless there is a slot for each."""
+        gone = self._sizes.keys() - above - set(tier.pinned)
+        return sum(self._sizes[k] for k in gone) if tier.stream is not None and tier.stream.count < len(gone) else 0
 
     def _busiest(
         self, work: _Work, streamed: float, unread: float, distances: list[int], passes: int, slots: int, below: int,
@@ -108,13 +119,13 @@ class _Bound:
             facts, workload = self._facts, self._workload
             chunks = chunks_of(workload, chunk)
             routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
-            tokens = tuple(workload.batch * n for n in chunks[:2])
-            first = draw(routed, tokens, 1, workload.batch, self._routing.repeat, workload.warm)[0]
+            some = tuple(workload.batch * n for n in chunks[:_PASSES])
+            first = draw(routed, some, 1, workload.batch, self._routing.repeat, workload.warm)[0]
             known = []
             for i, new in enumerate(chunks[:2]):
                 times = 1.0 if i == 0 else sum(chunks[1:]) / new  # the last one may be shorter
                 context = workload.past_tokens + (0 if i == 0 else workload.prompt_tokens // 2)
-                distances = first[i].distances if i < len(first) else ()
+                distances = first[-i].distances if first else ()  # the later ones are like the last one drawn
                 work = self._compute(Pass(workload.batch, new, context), [len(d) for d in distances])
                 known.append((times, work, sorted(heapq.merge(*distances))))
             self._prefill[chunk] = known
