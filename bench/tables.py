@@ -117,6 +117,34 @@ def _overlap(result: Result) -> str:
     return "\n".join([*lines, "", f"{where}, {result['date'].split()[0]}."])
 
 
+def _experts(result: Result) -> str:
+    others = ["kt-kernel"] if any("kt-kernel" in c["seconds"] for c in result["cells"]) else []
+    head = ["shape", "type", "tokens", "torch", *others, "kernel", "memory", "kernel ÷ memory", "kernel ÷ torch"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for c in result["cells"]:
+        rates = c["weight_bytes_per_s"]
+        speeds = [f"{rates[name] / 1e9:.1f}" if name in rates else "–" for name in ("torch", *others, "kernel")]
+        lines.append(
+            f"| {c['shape']} | {c['dtype']} | {c['tokens']} | {' | '.join(speeds)} | {c['bandwidth'] / 1e9:.1f} "
+            f"| {100 * c['of_bandwidth']['kernel']:.0f} % | {c['kernel_over_torch']:.2f}× |"
+        )
+    whole = result["whole_model"]
+    more = ""
+    if whole is not None:
+        speed = whole["tokens_per_s"]
+        more = (
+            f" {whole['model']} with all weights in memory decodes {speed['kernel']:.1f} tokens/s with the kernel and "
+            f"{speed['torch']:.1f} with torch ({whole['ratio']:.2f}×), steps of each in turn."
+        )
+    return "\n".join([
+        *lines, "",
+        f"GB/s of the weights of the experts that the tokens chose, a layer's whole call ({result['threads']} threads, "
+        f"{result['level']}); memory: torch reading, between calls; medians of {result['cells'][0]['rounds']} "
+        f"rounds.{more} Load average before: {result['load_average_before']:.2f}. {_machine(result['machine'])}, "
+        f"{result['date'].split()[0]}.",
+    ])  # fmt: skip
+
+
 def _disk(result: Result) -> str:
     return (
         f"Disk, direct, 1 MiB × 8, same file in turn: fio {result['fio'] / 1e9:.2f} GB/s, our reader "
@@ -186,6 +214,7 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "startup": _startup,
     "overlap": _overlap,
     "disk": _disk,
+    "experts": _experts,
     "predict": _predict,
     "regret": _regret,
 }

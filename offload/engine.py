@@ -20,7 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from kvstore import make_cache
-from moe import LayerExperts
+from moe import LayerExperts, kernels
 from offload import graphs, hardware, hf, launches
 from offload.binding import Binder
 from offload.config import RunConfig
@@ -312,7 +312,9 @@ class Engine:
         def views(lease: Lease) -> dict[str, torch.Tensor]:
             return {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
 
-        return LayerExperts(self._memory.compute, [e.block.key for e in group.blocks], views, lookahead=READERS)
+        kernel = kernels.load() if self.device.torch_device.type == "cpu" else None
+        keys = [e.block.key for e in group.blocks]
+        return LayerExperts(self._memory.compute, keys, views, lookahead=READERS, kernel=kernel)
 
     def _wrap(self, module: nn.Module, around: Callable[[], Any], *, is_head: bool) -> None:
         forward = module.forward
