@@ -9,7 +9,8 @@ Then whole decode steps of the OLMoE-shaped checkpoint (`checkpoints.py`) with a
 without the kernel in turn.
 
 `--kt FILE` adds KTransformers' bfloat16 kernel: an extension module out of kt-kernel's wheel (it repacks weights into
-a copy of its own when it loads them, and is given them once). Measures no disk, and nothing but the CPU.
+a copy of its own when it loads them, and is given them once). It comes last and by itself: its threads spin while they
+wait, which would slow the others down. Measures no disk, and nothing but the CPU.
 """
 
 from __future__ import annotations
@@ -177,14 +178,14 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def one(
-    layers: Layers, tokens: int, rounds: int, source: torch.Tensor, others: Sequence[KTransformers]
+    layers: Layers, tokens: int, rounds: int, source: torch.Tensor, others: Sequence[KTransformers] = ()
 ) -> dict[str, Any]:
-    """All paths on `tokens` tokens, in turn."""
+    """Torch and the kernel on `tokens` tokens, in turn; or, if given, KTransformers alone."""
     import torch
 
     shape, dtype, module = layers.shape, layers.dtype, Gated(layers.shape.experts)
     g = torch.Generator().manual_seed(tokens)
-    seconds: dict[str, list[float]] = {"torch": [], "kernel": [], "call": []}
+    seconds: dict[str, list[float]] = {}
     shares: dict[str, list[float]] = {}
     bandwidth, moved = [], []
     inside = [0.0]
@@ -213,8 +214,8 @@ def one(
             out: torch.Tensor = layer.forward(module, x, index, weights)
             return out
 
-        names = ["torch", "kernel", *(["kt-kernel"] if others else [])]
-        for name in names[n % len(names) :] + names[: n % len(names)]:
+        names = ["kt-kernel"] if others else ["torch", "kernel"]
+        for name in names[:: 1 if n % 4 < 2 else -1]:  # each of them first as often, on every layer
             # the same weights a moment later would come from the cache
             speed = READ / timed(source.sum)
             inside[0] = 0.0
@@ -232,10 +233,13 @@ def one(
         for name, s in took.items():
             seconds.setdefault(name, []).append(s)
             shares.setdefault(name, []).append(nbytes / s)
-        scale = outs["torch"].float().abs().max()
-        worst = max(worst, *(float((outs[o].float() - outs["torch"].float()).abs().max() / scale) for o in outs))
+        want = outs["torch"] if "torch" in outs else path("torch")
+        worst = max(worst, *(float((o - want).abs().max() / want.abs().max()) for o in outs.values()))
     layers.kernel.run = run  # type: ignore[method-assign]
     speed = statistics.median(bandwidth)
+    ratio = None
+    if "kernel" in seconds:
+        ratio = statistics.median(t / k for t, k in zip(seconds["torch"], seconds["kernel"], strict=True))
     rates = {name: statistics.median(s) for name, s in shares.items()}
     return {
         "shape": shape.name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "rounds": rounds,
@@ -243,11 +247,18 @@ def one(
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
         "weight_bytes_per_s": rates,
         "of_bandwidth": {name: rate / speed for name, rate in rates.items()},
-        "kernel_over_torch": statistics.median(
-            t / k for t, k in zip(seconds["torch"], seconds["kernel"], strict=True)
-        ),
+        "kernel_over_torch": ratio,
         "largest_difference": worst,
     }  # fmt: skip
+
+
+def shown(cell: dict[str, Any]) -> dict[str, Any]:
+    """The cell, told on stderr."""
+    rates = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in cell["weight_bytes_per_s"].items())
+    ratio = f"; kernel {cell['kernel_over_torch']:.2f} times torch" if cell["kernel_over_torch"] else ""
+    what = f"{cell['shape']} {cell['dtype']} {cell['tokens']}"
+    say(f"{what}: GB/s {rates}, memory {cell['bandwidth'] / 1e9:.1f}{ratio}; differ {cell['largest_difference']:.1e}")
+    return cell
 
 
 def whole_model(folder: Path, tokens: int) -> dict[str, Any]:
@@ -289,16 +300,21 @@ def whole_model(folder: Path, tokens: int) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def load_kt(path: Path, threads: int) -> tuple[Any, Any]:
-    """The extension module and its pool of threads."""
+def load_kt(path: Path) -> Any:
+    """The extension module."""
     spec = importlib.util.spec_from_file_location("kt_kernel_ext", path)
     if spec is None or spec.loader is None:
         raise BenchError(f"--kt {path}: not an extension module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def kt_pool(module: Any, threads: int) -> Any:
+    """Threads of KTransformers."""
     config = module.WorkerPoolConfig()
     config.subpool_count, config.subpool_numa_map, config.subpool_thread_count = 1, [0], [threads]
-    return module, module.CPUInfer(config)
+    return module.CPUInfer(config)
 
 
 def main() -> int:
@@ -327,24 +343,14 @@ def main() -> int:
     load = load_average()
     cells = []
     try:
-        kt = load_kt(args.kt, torch.get_num_threads()) if args.kt else None
         source = torch.zeros(READ // 8, dtype=torch.int64)
-        for shape in SHAPES:
+        shapes = [s for s in SHAPES if s.name in args.shapes]
+        for shape in shapes:
             for name in args.dtypes:
-                if shape.name not in args.shapes:
-                    continue
                 layers = Layers(shape, getattr(torch, name))
-                others = []
-                if kt is not None and name == "bfloat16":
-                    others = [KTransformers(*kt, layers, n, max(args.tokens)) for n in range(layers.count)]
-                for tokens in args.tokens:
-                    cells.append(one(layers, tokens, args.rounds, source, others))
-                    c = cells[-1]
-                    rates = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in c["weight_bytes_per_s"].items())
-                    say(f"{shape.name} {name} {tokens}: GB/s {rates}, memory {c['bandwidth'] / 1e9:.1f}")
-                    say(f"  kernel {c['kernel_over_torch']:.2f} times torch, differ {c['largest_difference']:.1e}")
+                cells.extend(shown(one(layers, tokens, args.rounds, source)) for tokens in args.tokens)
                 layers.close()
-                del layers, others
+                del layers
         level = None
         from moe import kernels
 
@@ -354,13 +360,30 @@ def main() -> int:
         if args.model != "none":
             whole = whole_model(checkpoints.make(checkpoints.SPECS[args.model], args.scratch), args.steps)
             say(json.dumps(whole))
+        kt_cells = []
+        if args.kt:
+            module = load_kt(args.kt)
+            for shape in shapes:
+                layers = Layers(shape, torch.bfloat16)
+                tried = []
+                for threads in sorted({1, torch.get_num_threads()}):  # its threads cannot share a core
+                    pool = kt_pool(module, threads)
+                    others = [KTransformers(module, pool, layers, n, max(args.tokens)) for n in range(layers.count)]
+                    tried.append([shown(one(layers, tokens, args.rounds, source, others)) for tokens in args.tokens])
+                    for cell in tried[-1]:
+                        cell["threads"] = threads
+                    del others, pool
+                best = [max(same, key=lambda c: c["of_bandwidth"]["kt-kernel"]) for same in zip(*tried, strict=True)]
+                kt_cells.extend(best)
+                layers.close()
+                del layers
     except BenchError as e:
         say(f"error: {e}")
         return 1
     write_json(args.out, {
         "kind": "experts", "name": "experts", "date": today(), "machine": machine(), "load_average_before": load,
         "load_average_after": load_average(), "threads": torch.get_num_threads(), "level": level, "offload": version,
-        "kt_kernel": str(args.kt.name) if args.kt else None, "cells": cells, "whole_model": whole,
+        "kt_kernel": str(args.kt.name) if args.kt else None, "cells": cells, "kt_cells": kt_cells, "whole_model": whole,
     })  # fmt: skip
     return 0
 

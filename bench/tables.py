@@ -118,16 +118,20 @@ def _overlap(result: Result) -> str:
 
 
 def _experts(result: Result) -> str:
-    others = ["kt-kernel"] if any("kt-kernel" in c["seconds"] for c in result["cells"]) else []
-    head = ["shape", "type", "tokens", "torch", *others, "kernel", "memory", "kernel ÷ memory", "kernel ÷ torch"]
+    kt = {(c["shape"], c["dtype"], c["tokens"]): c for c in result["kt_cells"]}
+    head = ["shape", "type", "tokens", "torch", "kernel", "memory", "kernel ÷ memory", "kernel ÷ torch"]
+    head += ["kt-kernel"] if kt else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for c in result["cells"]:
-        rates = c["weight_bytes_per_s"]
-        speeds = [f"{rates[name] / 1e9:.1f}" if name in rates else "–" for name in ("torch", *others, "kernel")]
-        lines.append(
-            f"| {c['shape']} | {c['dtype']} | {c['tokens']} | {' | '.join(speeds)} | {c['bandwidth'] / 1e9:.1f} "
-            f"| {100 * c['of_bandwidth']['kernel']:.0f} % | {c['kernel_over_torch']:.2f}× |"
-        )
+        rates, peer = c["weight_bytes_per_s"], kt.get((c["shape"], c["dtype"], c["tokens"]))
+        row = [
+            c["shape"], c["dtype"], str(c["tokens"]), *(f"{rates[name] / 1e9:.1f}" for name in ("torch", "kernel")),
+            f"{c['bandwidth'] / 1e9:.1f}", f"{100 * c['of_bandwidth']['kernel']:.0f} %",
+            f"{c['kernel_over_torch']:.2f}×",
+        ]  # fmt: skip
+        if kt:
+            row.append(f"{peer['weight_bytes_per_s']['kt-kernel'] / 1e9:.1f}" if peer else "–")
+        lines.append(f"| {' | '.join(row)} |")
     whole = result["whole_model"]
     more = ""
     if whole is not None:
@@ -136,11 +140,12 @@ def _experts(result: Result) -> str:
             f" {whole['model']} with all weights in memory decodes {speed['kernel']:.1f} tokens/s with the kernel and "
             f"{speed['torch']:.1f} with torch ({whole['ratio']:.2f}×), steps of each in turn."
         )
+    peer_note = " kt-kernel: KTransformers' own, repacked, with as many threads as suited it best." if kt else ""
     return "\n".join([
         *lines, "",
         f"GB/s of the weights of the experts that the tokens chose, a layer's whole call ({result['threads']} threads, "
         f"{result['level']}); memory: torch reading, between calls; medians of {result['cells'][0]['rounds']} "
-        f"rounds.{more} Load average before: {result['load_average_before']:.2f}. {_machine(result['machine'])}, "
+        f"rounds.{more}{peer_note} Load average {result['load_average_before']:.2f}. {_machine(result['machine'])}, "
         f"{result['date'].split()[0]}.",
     ])  # fmt: skip
 
