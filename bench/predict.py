@@ -106,6 +106,16 @@ def worker(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
         return {**cell, "plan": model.plan.summary(), "profiled_disk_bytes_per_s": profiled, "requests": rows}
 
 
+def profile(folder: Path, device: str, env: dict[str, str]) -> dict[str, Any]:
+    """Profile this machine into the cache that `env` names."""
+    command = [sys.executable, "-m", "cli.main", "profile", str(folder), "--device", device, "--link", LINK, "--json"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise BenchError(run.stderr.strip())
+    result: dict[str, Any] = json.loads(run.stdout)
+    return result
+
+
 def judge(cell: dict[str, Any]) -> dict[str, Any]:
     """The errors of a cell: medians over its later requests."""
     later = cell["requests"][2:]
@@ -145,13 +155,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="offload-bench-") as cache:
         env = {**worker_env(), "OFFLOAD_CACHE": cache}
         for name in ("cpu", "emulated"):
-            command = [sys.executable, "-m", "cli.main", "profile", str(folders[DENSE]), "--device", name,
-                       "--link", LINK, "--json"]  # fmt: skip
             say(f"profiling ({name})")
-            run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-            if run.returncode:
-                raise BenchError(run.stderr.strip())
-            profile = json.loads(run.stdout)
+            profiled = profile(folders[DENSE], name, env)
         todo = cells()[: args.only]
         for i, cell in enumerate(todo, 1):
             command = [sys.executable, str(Path(__file__)), "--worker", str(folders[cell["model"]]), json.dumps(cell)]
@@ -169,7 +174,7 @@ def main() -> int:
     total = summary(rows)
     write_json(args.out, {
         "kind": "predict", "name": "predict", "date": today(), "machine": machine(), "load_average_before": load,
-        "targets": {"median": MEDIAN_TARGET, "p90": P90_TARGET}, "link": LINK, "profile": profile,
+        "targets": {"median": MEDIAN_TARGET, "p90": P90_TARGET}, "link": LINK, "profile": profiled,
         "summary": total, "cells": rows,
     })  # fmt: skip
     for what, value in total.items():

@@ -14,26 +14,26 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 from common import RESULTS, BenchError, default_scratch, load_average, machine, say, today, worker_env, write_json
-from predict import DENSE, LINK, MOE, OVERHEAD
+from predict import DENSE, LINK, MOE, OVERHEAD, profile
 
 TARGET = 0.05
 CELLS: dict[str, dict[str, Any]] = {
     "dense, half in RAM": {"model": DENSE, "percent": 50, "batch": 1, "prompt": 32, "new": 12, "device": "cpu",
-                           "choices": {"lookahead": (0, 1, 2), "resident_layers": (0, 1, 2, 3),
-                                       "prefill_chunk": (32,)}},
+                           "choices": {"lookahead": (0, 1, 2), "resident_layers": (1, 3), "prefill_chunk": (32,)}},
     "experts, half in RAM": {"model": MOE, "percent": 50, "batch": 1, "prompt": 32, "new": 24, "device": "cpu",
-                             "choices": {"expert_slots": (32, 96, 128, 150), "resident_layers": (0, 3, 5),
+                             "choices": {"expert_slots": (96, 128, 150), "resident_layers": (3, 5),
                                          "prefill_chunk": (32,)}},
     "dense, long prompt": {"model": DENSE, "percent": 75, "batch": 1, "prompt": 512, "new": 8, "device": "cpu",
-                           "choices": {"prefill_chunk": (64, 128, 256, 512), "lookahead": (0, 2)}},
+                           "choices": {"prefill_chunk": (64, 128, 256, 512), "lookahead": (2,)}},
     "dense, emulated device": {"model": DENSE, "percent": 50, "batch": 1, "prompt": 32, "new": 12,
                                "device": "emulated",
-                               "choices": {"lookahead": (0, 1, 2), "resident_layers": (0, 2, 3),
+                               "choices": {"lookahead": (0, 1, 2), "resident_layers": (1, 3),
                                            "prefill_chunk": (32,)}},
 }  # fmt: skip
 
@@ -76,31 +76,12 @@ def main() -> int:
         return 0
     load = load_average()
     folders = {n: checkpoints.make(checkpoints.SPECS[n], args.scratch) for n in (DENSE, MOE)}
-    out = {}
-    for name, cell in CELLS.items():
-        choices = cell["choices"]
-        plans = [{}] + [dict(zip(choices, v, strict=True)) for v in itertools.product(*choices.values())]
-        rows: list[dict[str, Any]] = [{"set": p, "runs": []} for p in plans]
-        for _ in range(args.rounds):
-            for row in rows:
-                if "refused" in row:
-                    continue
-                run = _run(folders[cell["model"]], cell, row["set"])
-                if "refused" in run:
-                    row["refused"] = run["refused"]
-                else:
-                    row["runs"].append(run)
-        ran = [r for r in rows if r["runs"]]
-        for row in ran:
-            row["seconds"] = statistics.median(x["seconds"] for x in row["runs"])
-        own, best = rows[0], min(ran[1:], key=lambda r: r["seconds"])
-        times = sorted(x["seconds"] for x in own["runs"])
-        spread = (times[-1 - len(times) // 4] - times[len(times) // 4]) / own["seconds"]
-        regret = own["seconds"] / best["seconds"] - 1
-        out[name] = {"cell": cell, "rows": rows, "regret": regret, "spread": spread, "best": best["set"],
-                     "within": regret <= max(TARGET, spread)}  # fmt: skip
-        say(f"{name}: planner {own['seconds']:.2f} s, best of {len(ran) - 1} by hand {best['seconds']:.2f} s "
-            f"({best['set']}): regret {100 * regret:+.1f}%, spread {100 * spread:.1f}%")  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="offload-bench-") as cache:
+        env = {**worker_env(), "OFFLOAD_CACHE": cache}
+        for device in ("cpu", "emulated"):
+            say(f"profiling ({device})")
+            profile(folders[DENSE], device, env)
+        out = {name: one(name, cell, folders[cell["model"]], args.rounds, env) for name, cell in CELLS.items()}
     write_json(args.out, {
         "kind": "regret", "name": "regret", "date": today(), "machine": machine(), "load_average_before": load,
         "rounds": args.rounds, "target": TARGET, "cells": out,
@@ -108,10 +89,37 @@ def main() -> int:
     return 0
 
 
-def _run(folder: Path, cell: dict[str, Any], choice: dict[str, int]) -> dict[str, Any]:
+def one(name: str, cell: dict[str, Any], folder: Path, rounds: int, env: dict[str, str]) -> dict[str, Any]:
+    """One cell: every plan in turn, round after round."""
+    choices = cell["choices"]
+    plans = [{}] + [dict(zip(choices, v, strict=True)) for v in itertools.product(*choices.values())]
+    rows: list[dict[str, Any]] = [{"set": p, "runs": []} for p in plans]
+    for _ in range(rounds):
+        for row in rows:
+            if "refused" in row:
+                continue
+            run = _run(folder, cell, row["set"], env)
+            if "refused" in run:
+                row["refused"] = run["refused"]
+            else:
+                row["runs"].append(run)
+    ran = [r for r in rows if r["runs"]]
+    for row in ran:
+        row["seconds"] = statistics.median(x["seconds"] for x in row["runs"])
+    own, best = rows[0], min(ran[1:], key=lambda r: r["seconds"])
+    times = sorted(x["seconds"] for x in own["runs"])
+    spread = (times[-1 - len(times) // 4] - times[len(times) // 4]) / own["seconds"]
+    regret = own["seconds"] / best["seconds"] - 1
+    say(f"{name}: planner {own['seconds']:.2f} s, best of {len(ran) - 1} by hand {best['seconds']:.2f} s "
+        f"({best['set']}): regret {100 * regret:+.1f}%, spread {100 * spread:.1f}%")  # fmt: skip
+    return {"cell": cell, "rows": rows, "regret": regret, "spread": spread, "best": best["set"],
+            "within": regret <= max(TARGET, spread)}  # fmt: skip
+
+
+def _run(folder: Path, cell: dict[str, Any], choice: dict[str, int], env: dict[str, str]) -> dict[str, Any]:
     plain = {k: v for k, v in cell.items() if k != "choices"}
     command = [sys.executable, str(Path(__file__)), "--worker", str(folder), json.dumps(plain), json.dumps(choice)]
-    run = subprocess.run(command, env=worker_env(), capture_output=True, text=True, check=False)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if run.returncode:
         raise BenchError(f"{choice}: {run.stderr.strip()[-400:]}")
     result: dict[str, Any] = json.loads(run.stdout)

@@ -28,6 +28,8 @@ import decode  # noqa: E402
 import disk  # noqa: E402
 import gpu_check  # noqa: E402
 import limit  # noqa: E402
+import predict  # noqa: E402
+import regret  # noqa: E402
 import startup  # noqa: E402
 import tables  # noqa: E402
 
@@ -388,3 +390,62 @@ def test_gpu_check_says_why_nothing_is_read_directly(device: Device, scratch: Pa
     row = gpu_check.direct(folder, device)
     assert row["bytes_per_s"] is None
     assert "CUDA" in row["why"] or "kvikio" in row["why"]
+
+
+# predictions
+
+
+def test_a_cell_of_the_grid_is_judged_by_the_requests_after_the_first_two(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
+    folder = checkpoints.make(checkpoints.SPECS["olmoe-small"], scratch)
+    cell = {"model": "olmoe-2b", "percent": 60, "batch": 2, "prompt": 8, "new": 4, "device": "cpu"}
+    row = predict.worker(folder, cell)
+    assert len(row["requests"]) == predict.REQUESTS
+    first, *later = row["requests"]
+    assert first["model_decode_s"] is None
+    assert all(r["model_decode_s"] > 0 and r["told_ttft_s"] > 0 and r["decode_s"] > 0 for r in later)
+    row["errors"] = predict.judge(row)
+    want = sorted(r["told_decode_s"] / r["decode_s"] - 1 for r in row["requests"][2:])
+    assert row["errors"]["told_decode"] == pytest.approx(sum(want) / 2)
+    assert row["errors"]["drift"] is None, "nothing much was read"
+    total = predict.summary([row, row])
+    assert total["told_decode"]["p90"] == pytest.approx(abs(row["errors"]["told_decode"]))
+    predict.draw([row], tmp_path / "scatter.svg")
+    assert (tmp_path / "scatter.svg").read_text().count("<circle") == 4 + 4
+
+
+def test_the_grid_is_as_large_as_it_should_be() -> None:
+    cells = predict.cells()
+    assert len(cells) >= 24
+    for key, values in (("batch", {1, 4, 16}), ("device", {"cpu", "emulated"}), ("prompt", {32, 512})):
+        assert {c[key] for c in cells} == values
+    assert {min(c["percent"] for c in cells), max(c["percent"] for c in cells)} == {30, 100}
+
+
+def test_a_plan_by_hand_is_measured_or_refused(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
+    folder = checkpoints.make(checkpoints.SPECS["llama-3b-small"], scratch)
+    cell = {"percent": 50, "batch": 1, "prompt": 8, "new": 3, "device": "cpu"}
+    run = regret.worker(folder, cell, {"lookahead": 1, "resident_layers": 2})
+    assert run["lookahead"] == 1
+    assert run["seconds"] > run["ttft_s"] > 0
+    assert "resident_layers=9" in regret.worker(folder, cell, {"resident_layers": 9})["refused"]
+
+
+def test_tables_of_predictions_and_regret() -> None:
+    errors = dict.fromkeys(("told_decode", "told_ttft", "model_decode", "model_ttft"), 0.031)
+    cell = {"model": "m", "device": "cpu", "percent": 50, "batch": 4, "prompt": 32,
+            "errors": {**errors, "drift": None}, "requests": [{"decode_s": 0.5, "ttft_s": 1.25}]}  # fmt: skip
+    result = {"kind": "predict", "machine": common.machine(), "date": "2026-01-01 00:00 UTC", "link": "2GB",
+              "summary": {k: {"median": 0.012, "p90": 0.15} for k in (*errors, "first_decode")},
+              "cells": [cell]}  # fmt: skip
+    text = tables.render(result)
+    assert "1.2 % / 15.0 %" in text
+    assert "| m, cpu, 50%, batch 4, prompt 32 | 8.00 tokens/s | +3% | +3% | 1.25 s | +3% | +3% | – |" in text
+    rows = [{"set": {}, "runs": [1], "seconds": 2.0}, {"set": {"lookahead": 0}, "runs": [1], "seconds": 2.5},
+            {"set": {"lookahead": 9}, "runs": []}]  # fmt: skip
+    result = {"kind": "regret", "machine": common.machine(), "date": "2026-01-01 00:00 UTC", "rounds": 3,
+              "target": 0.05, "cells": {"a cell": {"rows": rows, "regret": -0.2, "spread": 0.01}}}  # fmt: skip
+    assert "| a cell | 2.00 s | 2.50 s | lookahead=0 | -20.0% | 1.0% |" in tables.render(result)

@@ -27,7 +27,9 @@ PROMPT = [5, 6, 7, 8, 9]
 
 def known(disk: float, up: float | None, direct: float | None) -> Profile:
     link = None if up is None else probe.LinkReading(up, up, up)
-    return Profile({}, "cuda", 0.0, (probe.DiskReading(1 << 20, 8, True, disk, 1e-3),), 2e10, link, (), 1e-4, direct)
+    products = (probe.ComputeReading("cuda", "bfloat16", 1, 1e12, 1e12, 1e-6),)
+    return Profile({}, "cuda", 0.0, (probe.DiskReading(1 << 20, 8, True, disk, 1e-3),), 2e10, link, products, 1e-4,
+                   1e11, 1e12, 1e-12, 1e-5, 1e-3, direct_bytes_per_s=direct)  # fmt: skip
 
 
 class Device(EmulatedDevice):
@@ -207,11 +209,11 @@ def test_a_failing_measurement_is_a_note(machine: pytest.MonkeyPatch, big_file: 
         probe.direct(big_file, Device(8e9), seconds=0.02)
     notes: list[str] = []
     machine.setattr(probe, "disk", lambda path: [])
-    assert hardware._disk_speeds(big_file, Device(8e9), notes) == ([], None)
+    assert hardware._disk_speeds(big_file, Device(8e9), notes)[:2] == ([], None)
     assert "device memory failed" in notes[0]
     machine.setattr(fake_kvikio, "gds", False)
     notes.clear()
-    assert hardware._disk_speeds(big_file, Device(8e9), notes) == ([], None)
+    assert hardware._disk_speeds(big_file, Device(8e9), notes)[:2] == ([], None)
     assert "cannot be read straight into device memory" in notes[0]
 
 

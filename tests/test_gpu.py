@@ -92,7 +92,9 @@ def test_files_are_read_straight_into_device_memory(tmp_path: Path, monkeypatch:
     ids = torch.randint(4, VOCAB, (1, 21), generator=torch.Generator().manual_seed(3))
     tokens = oracle.generate(ids.cuda(), max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
     speeds = probe.DiskReading(1 << 20, 8, True, 1.0, 1.0)
-    faster = Profile({}, "cuda", 0.0, (speeds,), 1.0, probe.LinkReading(1.0, 1.0, 1.0), (), 1.0, 2.0)
+    products = (probe.ComputeReading("cuda", "bfloat16", 1, 1e12, 1e12, 1e-6),)
+    faster = Profile({}, "cuda", 0.0, (speeds,), 1.0, probe.LinkReading(1.0, 1.0, 1.0), products, 1e-4,
+                     1e11, 1e12, 1e-12, 1e-5, 1e-3, direct_bytes_per_s=2.0)  # fmt: skip
     monkeypatch.setattr(hardware, "kept", lambda folder, device: faster)
     with pytest.raises(offload.BudgetError, match="--vram") as refusal:
         offload.load(tmp_path, device="cuda", vram=1, context=128)

@@ -333,5 +333,5 @@ class Machine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-Machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None, database=None)
+Machine.TestCase.settings = settings(max_examples=90, stateful_step_count=40, deadline=None, database=None)
 TestMachine = Machine.TestCase
