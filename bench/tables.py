@@ -117,6 +117,39 @@ def _overlap(result: Result) -> str:
     return "\n".join([*lines, "", f"{where}, {result['date'].split()[0]}."])
 
 
+def _experts(result: Result) -> str:
+    kt = {(c["shape"], c["dtype"], c["tokens"]): c for c in result["kt_cells"]}
+    head = ["shape", "type", "tokens", "torch", "kernel", "memory", "kernel ÷ memory", "kernel ÷ torch"]
+    head += ["kt-kernel"] if kt else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for c in result["cells"]:
+        rates, peer = c["weight_bytes_per_s"], kt.get((c["shape"], c["dtype"], c["tokens"]))
+        row = [
+            c["shape"], c["dtype"], str(c["tokens"]), *(f"{rates[name] / 1e9:.1f}" for name in ("torch", "kernel")),
+            f"{c['bandwidth'] / 1e9:.1f}", f"{100 * c['of_bandwidth']['kernel']:.0f} %",
+            f"{c['kernel_over_torch']:.2f}×",
+        ]  # fmt: skip
+        if kt:
+            row.append(f"{peer['weight_bytes_per_s']['kt-kernel'] / 1e9:.1f}" if peer else "–")
+        lines.append(f"| {' | '.join(row)} |")
+    whole = result["whole_model"]
+    more = ""
+    if whole is not None:
+        speed = whole["tokens_per_s"]
+        more = (
+            f" {whole['model']} with all weights in memory decodes {speed['kernel']:.1f} tokens/s with the kernel and "
+            f"{speed['torch']:.1f} with torch ({whole['ratio']:.2f}×), steps of each in turn."
+        )
+    peer_note = " kt-kernel: KTransformers' own, repacked, with as many threads as suited it best." if kt else ""
+    return "\n".join([
+        *lines, "",
+        f"GB/s of the weights of the experts that the tokens chose, a layer's whole call ({result['threads']} threads, "
+        f"{result['level']}); memory: torch reading, between calls; medians of {result['cells'][0]['rounds']} "
+        f"rounds.{more}{peer_note} Load average {result['load_average_before']:.2f}. {_machine(result['machine'])}, "
+        f"{result['date'].split()[0]}.",
+    ])  # fmt: skip
+
+
 def _disk(result: Result) -> str:
     return (
         f"Disk, direct, 1 MiB × 8, same file in turn: fio {result['fio'] / 1e9:.2f} GB/s, our reader "
@@ -186,6 +219,7 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "startup": _startup,
     "overlap": _overlap,
     "disk": _disk,
+    "experts": _experts,
     "predict": _predict,
     "regret": _regret,
 }

@@ -3,6 +3,9 @@
 Each expert that any token chose is computed once, ready ones first, the others as they arrive. An expert's output
 goes to its (token, k) place and the places are summed in k order when all have arrived, so that neither the arrival
 order nor the placement ever shows in the result.
+
+On the CPU, experts of few tokens go to the kernel (`moe.kernels`), all that are at hand in one call. Which ones do is
+decided by how many tokens chose them, never by what is here first.
 """
 
 from __future__ import annotations
@@ -14,8 +17,12 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
+from moe.kernels import Kernel, Matrices, matrices
 from moe.lookahead import ExpertLookahead
 from tiers import Lease, Residency
+
+KERNEL_TOKENS = 32  # most tokens of an expert for the kernel: torch's tiled products draw level at 64 to 128
+TOGETHER = 16  # most experts in a call: their slots, and their activations, are held until it returns
 
 
 class ExpertsModule(Protocol):
@@ -37,7 +44,7 @@ class LayerExperts:
     """One layer's experts: `keys[e]` is the block of expert e, `views(lease)` its matrices.
 
     `views` returns tensors by parameter name (`gate_up_proj` or `up_proj`, `down_proj`, and their `_bias`), each
-    with the leading expert dimension removed.
+    with the leading expert dimension removed. With a `kernel`, it computes what it can; without, torch does.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class LayerExperts:
         views: Callable[[Lease], Views],
         *,
         lookahead: int,
+        kernel: Kernel | None = None,
         ahead: ExpertLookahead | None = None,
         number: int = 0,
     ) -> None:
@@ -55,6 +63,9 @@ class LayerExperts:
         self._keys = keys
         self._views = views
         self._lookahead = max(1, lookahead)
+        self.kernel = kernel
+        self._activations: dict[torch.dtype, int | None] = {}  # of the layer's module, as the kernel numbers them
+        self._at: dict[int, tuple[int, torch.dtype, Matrices | None]] = {}  # expert → (slot, dtype, weights there)
         self._ahead = ahead
         self._number = number
 
@@ -66,23 +77,57 @@ class LayerExperts:
         flat = index.reshape(-1)  # [T·k]
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat, minlength=len(self._keys)).tolist()
-        places: dict[int, torch.Tensor] = {}  # expert → its (token, k) places, flattened
+        places: dict[int, slice] = {}  # expert → where in `order` its (token, k) places are
         start = 0
         for e, n in enumerate(counts):
             if n and e < len(self._keys):
-                places[e] = order[start : start + n]
+                places[e] = slice(start, start + n)
             start += n
         out = hidden.new_zeros(flat.numel(), hidden.size(-1))  # [T·k, H]
         scale = weights.reshape(-1, 1)
-        for e, lease in self._arriving(list(places), hidden):
-            with lease:
-                at = places[e]
-                y = self._expert(module, self._views(lease), hidden[at // top_k])
-                out[at] = (y * scale[at]).to(out.dtype)
+        activation = self._activation(module, hidden)
+        small = {e for e in places if activation is not None and counts[e] <= KERNEL_TOKENS}
+        if small:
+            rows, factors, listed = hidden.contiguous(), scale.view(-1).float().contiguous(), order.tolist()
+        for group in self._arriving(list(places), hidden, TOGETHER if small else 1):
+            try:
+                there = {e: m for e, lease in group if e in small and (m := self._matrices(e, lease, hidden.dtype))}
+                if there:
+                    assert self.kernel is not None and activation is not None
+                    self.kernel.run(
+                        rows, [(m, listed[places[e]]) for e, m in there.items()], factors, out,
+                        top_k=top_k, activation=activation,
+                    )  # fmt: skip
+                for e, lease in group:
+                    if e not in there:
+                        at = order[places[e]]
+                        y = self._expert(module, self._views(lease), hidden[at // top_k])
+                        out[at] = (y * scale[at]).to(out.dtype)
+            finally:
+                for _, lease in group:
+                    lease.release()
         return out.view(*index.shape, -1).sum(dim=-2).to(hidden.dtype)
 
-    def _arriving(self, experts: Sequence[int], hidden: torch.Tensor) -> Iterator[tuple[int, Lease]]:
-        """(expert, lease) for each: resident ones first, then the others in the order in which they arrive."""
+    def _activation(self, module: ExpertsModule, hidden: torch.Tensor) -> int | None:
+        """How the kernel is to compute this module; None if it cannot."""
+        if self.kernel is None or hidden.device.type != "cpu":
+            return None
+        if hidden.dtype not in self._activations:
+            self._activations[hidden.dtype] = self.kernel.activation(module, hidden.dtype)
+        return self._activations[hidden.dtype]
+
+    def _matrices(self, expert: int, lease: Lease, dtype: torch.dtype) -> Matrices | None:
+        """The addresses of an expert's weights in its slot; looked up once as long as it stays where it is."""
+        known = self._at.get(expert)
+        if known is None or known[:2] != (lease.slot.address, dtype):
+            known = self._at[expert] = (lease.slot.address, dtype, matrices(self._views(lease), dtype))
+        return known[2]
+
+    def _arriving(self, experts: Sequence[int], hidden: torch.Tensor, most: int) -> Iterator[list[tuple[int, Lease]]]:
+        """(expert, lease) for each, in groups of up to `most`: resident ones first, then the others as they arrive.
+
+        A group that was given out is the caller's to release before the next one is asked for.
+        """
         r = self._residency
         if self._ahead is not None:
             self._ahead.needs(self._number, experts)
@@ -106,15 +151,26 @@ class LayerExperts:
                 self._ahead.look(self._number, hidden)
             while held or pending:
                 if held:
-                    yield held.popleft()
+                    yield [held.popleft() for _ in range(min(most, len(held)))]
                 else:
-                    i = next((i for i, (_, lease) in enumerate(pending) if lease.ready), 0)
-                    e, lease = pending.pop(i)
-                    yield e, lease.wait()
+                    ready = [i for i, (_, lease) in enumerate(pending) if lease.ready][:most] or [0]
+                    arrived = [pending[i] for i in ready]
+                    pending[:] = [p for i, p in enumerate(pending) if i not in ready]
+                    yield self._waited(arrived)
                 request()
         finally:
             for _, lease in (*held, *pending):
                 lease.release()
+
+    @staticmethod
+    def _waited(group: list[tuple[int, Lease]]) -> list[tuple[int, Lease]]:
+        """The group when all of it is there; if one fails, none is held any longer."""
+        try:
+            return [(e, lease.wait()) for e, lease in group]
+        except BaseException:
+            for _, lease in group:
+                lease.release()
+            raise
 
     @staticmethod
     def _expert(module: ExpertsModule, w: Views, x: torch.Tensor) -> torch.Tensor:

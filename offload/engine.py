@@ -20,7 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from kvstore import make_cache
-from moe import ExpertLookahead, Gate, LayerExperts
+from moe import ExpertLookahead, Gate, LayerExperts, kernels
 from offload import graphs, hardware, hf, launches
 from offload.binding import Binder
 from offload.config import RunConfig
@@ -329,7 +329,15 @@ class Engine:
             return {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
 
         keys = [e.block.key for e in group.blocks]
-        return LayerExperts(self._memory.compute, keys, views, lookahead=READERS, ahead=self.experts, number=number)
+        return LayerExperts(
+            self._memory.compute,
+            keys,
+            views,
+            lookahead=READERS,
+            kernel=kernels.load() if self.device.torch_device.type == "cpu" else None,
+            ahead=self.experts,
+            number=number,
+        )
 
     def _wrap(self, module: nn.Module, around: Callable[[], Any], *, is_head: bool) -> None:
         forward = module.forward

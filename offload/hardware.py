@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offload.plan_cache import cache_folder
 from offload.planning.machine import Machine, Rates
 from tiers import Arena, Device, EmulatedDevice, ReadError, gds, probe
 from tiers import memory as mem
+from tiers.folders import cache_folder
 
 _VERSION = 2
 _MAX_AGE_S = 30 * 24 * 3600  # drives and drivers change

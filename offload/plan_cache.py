@@ -22,17 +22,10 @@ from transformers import PreTrainedConfig
 
 from offload.checkpoint import Checkpoint
 from offload.gather import Extent, Gather
+from tiers.folders import cache_folder
 
 _VERSION = 1
 _MAX_BYTES = 64 << 20
-
-
-def cache_folder() -> Path:
-    """`$OFFLOAD_CACHE`, else `offload` in the XDG cache folder."""
-    own = os.environ.get("OFFLOAD_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offload"
 
 
 def traced(

@@ -14,8 +14,8 @@ import torch
 from cli.main import main
 from offload import hardware as profile_module
 from offload.hardware import Profile
-from offload.plan_cache import cache_folder
 from tiers import CpuDevice, EmulatedDevice, probe
+from tiers.folders import cache_folder
 
 
 @pytest.fixture

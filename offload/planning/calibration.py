@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from offload.plan_cache import cache_folder
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine, Rates
 from offload.planning.predict import Prediction
 from offload.planning.routing import EVEN, Routing
 from offload.stats import RequestStats
+from tiers.folders import cache_folder
 
 TOLERANCE = 0.10  # of the measured time
 _VERSION = 1

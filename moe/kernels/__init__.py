@@ -1,0 +1,256 @@
+"""The experts of a layer for a few tokens, in C, near the speed at which memory can be read (`experts.c`).
+
+The library is compiled once, with the C compiler at hand, into the user's cache folder, and checked before each use.
+Where that cannot be done (no compiler, a cache that cannot be written or run from, another processor family's
+surprises) everything is computed by torch; `OFFLOAD_KERNELS=0` in the environment asks for that.
+
+What comes out is what torch gives up to the order in which products are summed; one order, whatever else is computed
+in the same call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from tiers.folders import cache_folder
+
+SOURCE = Path(__file__).with_name("experts.c")
+LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")  # of instructions, as numbered in the C file
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+COMPILERS = ("cc", "gcc", "clang")
+_ABI = 1
+_COMPILE_S = 120
+_MAX_BYTES = 16 << 20
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    torch.nn.functional.silu,
+    lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+)
+
+
+class GatedExperts(Protocol):
+    """What is asked of an experts module (see `moe.experts.ExpertsModule`)."""
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+    def _apply_gate(self, gate_up_out: torch.Tensor) -> torch.Tensor: ...
+
+
+class Matrices(NamedTuple):
+    """Where one expert's weights are: addresses, and shape (H, I, elements from row to row of gate_up and of down)."""
+
+    gate_up: int
+    down: int
+    shape: tuple[int, int, int, int]
+
+
+def matrices(views: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Matrices | None:
+    """The weights in `views` (gate_up_proj [2I, H], down_proj [H, I]), or None if the kernel cannot read them.
+
+    The addresses are good for as long as the views' memory is.
+    """
+    gate_up, down = views.get("gate_up_proj"), views.get("down_proj")
+    if gate_up is None or down is None or gate_up.dim() != 2 or down.dim() != 2:
+        return None
+    (double, hidden), inner = gate_up.shape, down.size(1)
+    fits = double == 2 * inner and down.size(0) == hidden
+    rows = all(t.dtype is dtype and t.device.type == "cpu" and t.stride(1) == 1 for t in (gate_up, down))
+    if not (fits and rows):
+        return None
+    return Matrices(gate_up.data_ptr(), down.data_ptr(), (hidden, inner, gate_up.stride(0), down.stride(0)))
+
+
+class Kernel:
+    """The loaded library. `level` (of `LEVELS`) and `threads` are the best there is and torch's, unless given."""
+
+    def __init__(self, library: ctypes.CDLL, level: str | None = None, threads: int | None = None) -> None:
+        self._library = library
+        self._run = library.offload_experts
+        self._run.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 7]
+        best = library.offload_level()
+        self.level = LEVELS.index(level) if level is not None else best
+        if self.level > best:
+            raise ValueError(f"this processor has no {level}")
+        self.threads = threads
+
+    def at(self, level: str | None = None, threads: int | None = None) -> Kernel:
+        """The same library, used otherwise."""
+        return Kernel(self._library, level, threads)
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """What this processor can do."""
+        return LEVELS[: self._library.offload_level() + 1]
+
+    def activation(self, module: GatedExperts, dtype: torch.dtype) -> int | None:
+        """Which activation the module gates with, as the kernel numbers them; None if it is not for the kernel.
+
+        The module is asked, not read: what its `_apply_gate` makes of values of every size must be, bit for bit, what
+        an activation the kernel knows makes of them. A clamp, a bias, another order of gate and up show.
+        """
+        plain = module.has_gate and not module.has_bias and not module.is_transposed
+        plain = (
+            plain and not getattr(module, "has_post_expert_norm", False) and getattr(module, "is_concatenated", True)
+        )
+        if not plain or dtype not in _TYPES:
+            return None
+        near = torch.linspace(-12, 12, 97)
+        far = torch.logspace(-20, 18, 77)
+        gate = torch.cat([near, far, -far])
+        gate, up = gate.to(dtype), gate.flip(0).roll(5).to(dtype)
+        try:
+            with torch.inference_mode():
+                got = module._apply_gate(torch.cat([gate, up])[None])
+                for number, activation in enumerate(_ACTIVATIONS):
+                    if torch.equal(got, (activation(gate) * up)[None]):
+                        return number
+        except Exception:  # whatever a module does when asked something it did not expect: not for us
+            return None
+        return None
+
+    def usable(self, module: GatedExperts, dtype: torch.dtype) -> bool:
+        """Whether the kernel computes what this module means, in this type."""
+        return self.activation(module, dtype) is not None
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        experts: Sequence[tuple[Matrices, Sequence[int]]],
+        weights: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        top_k: int,
+        activation: int,
+    ) -> None:
+        """out[p] = expert(hidden[p // top_k]) * weights[p] for each expert's places p.
+
+        hidden [T, H] and out [T·k, H] of one type, rows contiguous; weights [T·k] float32; experts of one shape.
+        Releases the GIL. Raises `MemoryError`.
+        """
+        used = [e for e in experts if e[1]]
+        if not used:
+            return
+        shape = used[0][0].shape
+        assert all(m.shape == shape for m, _ in used) and hidden.size(1) == out.size(1) == shape[0]
+        assert hidden.stride(1) == out.stride(1) == weights.stride(0) == 1 and weights.dtype is torch.float32
+        assert hidden.dtype is out.dtype
+        table, places = array("q"), array("q")
+        for m, at in used:
+            table.extend((m.gate_up, m.down, len(places), len(at)))
+            places.extend(at)
+        tokens = array("q", [p // top_k for p in places])
+        sizes = array("q", (_TYPES[hidden.dtype], activation, *shape, hidden.stride(0), out.stride(0)))
+        sizes.extend((len(used), len(places)))
+        threads = self.threads or torch.get_num_threads()
+        failed = self._run(
+            self.level,
+            threads,
+            sizes.buffer_info()[0],
+            table.buffer_info()[0],
+            tokens.buffer_info()[0],
+            places.buffer_info()[0],
+            hidden.data_ptr(),
+            weights.data_ptr(),
+            out.data_ptr(),
+        )
+        if failed:
+            raise MemoryError("no memory for the activations of a layer's experts")
+
+
+_loaded: dict[Path, Kernel | None] = {}  # by cache folder: each is tried once
+
+
+def load() -> Kernel | None:
+    """The kernel, compiled first if it must be (a second or two, once); None where torch has to do."""
+    if os.environ.get("OFFLOAD_KERNELS") == "0":
+        return None
+    folder = cache_folder() / "kernels"
+    if folder not in _loaded:
+        _loaded[folder] = load_from(folder)
+    return _loaded[folder]
+
+
+def load_from(folder: Path, compilers: Sequence[str] = COMPILERS) -> Kernel | None:
+    """The kernel from its file in `folder`, which is written, or written again if it is damaged or another's."""
+    try:
+        source = SOURCE.read_bytes()
+        key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), platform.machine().encode()])).hexdigest()
+        path = folder / f"experts-{key[:32]}.so"
+        if not _sound(path):
+            _compile(path, compilers)
+        if not _sound(path):
+            return None
+        library = ctypes.CDLL(str(path))
+        kernel = Kernel(library) if library.offload_abi() == _ABI else None
+        return kernel if kernel is not None and _correct(kernel) else None
+    except (OSError, ValueError, AttributeError, MemoryError, subprocess.SubprocessError):
+        return None
+
+
+def _sound(path: Path) -> bool:
+    """Whether the file is ours alone to write, and what was written: its last 32 bytes are the hash of the rest."""
+    with contextlib.suppress(OSError):
+        ours = all(
+            s.st_uid == os.geteuid() and not s.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            for s in (path.stat(), path.parent.stat())
+        )
+        if ours and path.stat().st_size <= _MAX_BYTES:
+            raw = path.read_bytes()
+            return hashlib.sha256(raw[:-32]).digest() == raw[-32:]
+    return False
+
+
+def _compile(path: Path, compilers: Sequence[str]) -> None:
+    """Write the library and its hash to `path`. Raises `OSError` or `SubprocessError` if no compiler can."""
+    compiler = next((c for name in compilers if (c := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError("no C compiler")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:  # 0700, and on the file system that the file is to be on
+        made, ready = Path(work, "made.so"), Path(work, "ready.so")
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"],
+            check=True, timeout=_COMPILE_S, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": work},
+        )  # fmt: skip
+        raw = made.read_bytes()
+        fd = os.open(ready, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "wb") as f:
+            f.write(raw + hashlib.sha256(raw).digest())
+        os.replace(ready, path)
+
+
+def _correct(kernel: Kernel) -> bool:
+    """Whether a compiler new to us made something that computes: one small expert, in both types."""
+    hidden, inner = 40, 24
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        values = ((torch.arange(3 * inner * hidden) * 7919 % 1000) / 1000 - 0.3).to(dtype)
+        gate_up = values[: 2 * inner * hidden].view(2 * inner, hidden)
+        down = values[2 * inner * hidden :].view(hidden, inner)
+        x = values[None, :hidden]
+        out = torch.full((1, hidden), torch.nan, dtype=dtype)
+        where = matrices({"gate_up_proj": gate_up, "down_proj": down}, dtype)
+        assert where is not None
+        kernel.run(x, [(where, [0])], torch.ones(1), out, top_k=1, activation=0)
+        gate, up = (x.double() @ gate_up.double().t()).chunk(2, dim=-1)
+        want = (torch.nn.functional.silu(gate) * up) @ down.double().t()
+        if not (out.double() - want).abs().max() <= tolerance * want.abs().max():
+            return False
+    return True

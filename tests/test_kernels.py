@@ -1,0 +1,537 @@
+"""The experts' kernel against float64, against torch, against itself; and what happens where it cannot be built."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB, build
+from torch import nn
+from torch.nn.functional import gelu, linear, silu
+
+import moe.experts
+import offload
+from moe import kernels
+from moe.kernels import Kernel, Matrices, load_from, matrices
+from offload import hf
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(64, 32), (33, 17), (70, 100), (1030, 515), (256, 7), (5, 300)]
+# of the largest value: what another order of summation, and for bfloat16 a rounding at every stage, may change
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels") / "kernels"
+
+
+@pytest.fixture(scope="module")
+def kernel(folder: Path) -> Kernel:
+    found = load_from(folder)
+    if found is None:
+        pytest.skip("no C compiler here")
+    return found
+
+
+class Layer:
+    """Random experts, tokens and a routing that leaves some experts without any."""
+
+    def __init__(
+        self,
+        hidden: int,
+        inner: int,
+        tokens: int,
+        dtype: torch.dtype,
+        *,
+        experts: int = 6,
+        top_k: int = 2,
+        seed: int = 0,
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.gate_up = torch.randn(experts, 2 * inner, hidden, generator=g).mul_(hidden**-0.5).to(dtype)
+        self.down = torch.randn(experts, hidden, inner, generator=g).mul_(inner**-0.5).to(dtype)
+        self.x = torch.randn(tokens, hidden, generator=g).mul_(2).to(dtype)
+        scores = torch.rand(tokens, experts - 1, generator=g)  # nobody chooses the last one
+        self.index = scores.topk(top_k, dim=-1).indices
+        self.weights = torch.rand(tokens, top_k, generator=g)
+        self.dtype, self.top_k = dtype, top_k
+
+    def places(self) -> list[list[int]]:
+        flat = self.index.reshape(-1).tolist()
+        return [[p for p, chosen in enumerate(flat) if chosen == e] for e in range(len(self.gate_up))]
+
+    def at(self, e: int) -> Matrices:
+        found = matrices({"gate_up_proj": self.gate_up[e], "down_proj": self.down[e]}, self.dtype)
+        assert found is not None
+        return found
+
+    def by_kernel(self, kernel: Kernel, order: list[int] | None = None, activation: int = 0) -> torch.Tensor:
+        out = torch.full((self.index.numel(), self.x.size(1)), torch.nan, dtype=self.dtype)
+        places = self.places()
+        experts = [(self.at(e), places[e]) for e in order or range(len(places))]
+        flat = self.weights.reshape(-1)
+        kernel.run(self.x, experts, flat, out, top_k=self.top_k, activation=activation)
+        return out
+
+    def by_torch(self, act: Any = silu) -> torch.Tensor:
+        out = torch.zeros(self.index.numel(), self.x.size(1), dtype=self.dtype)
+        for e, at in enumerate(self.places()):
+            gate, up = linear(self.x[[p // self.top_k for p in at]], self.gate_up[e]).chunk(2, dim=-1)
+            y = linear(act(gate) * up, self.down[e])
+            out[at] = (y * self.weights.reshape(-1, 1)[at]).to(self.dtype)
+        return out
+
+    def exact(self, act: Any = silu) -> torch.Tensor:
+        """In float64, nothing rounded on the way."""
+        out = torch.zeros(self.index.numel(), self.x.size(1), dtype=torch.float64)
+        for e, at in enumerate(self.places()):
+            x = self.x[[p // self.top_k for p in at]].double()
+            gate, up = linear(x, self.gate_up[e].double()).chunk(2, dim=-1)
+            y = linear(act(gate) * up, self.down[e].double())
+            out[at] = y * self.weights.double().reshape(-1, 1)[at]
+        return out
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+# what it computes
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("hidden", "inner"), SHAPES)
+def test_against_float64_and_torch(kernel: Kernel, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    for tokens in range(1, 17):
+        layer = Layer(hidden, inner, tokens, dtype, seed=tokens)
+        exact, by_torch = layer.exact(), layer.by_torch()
+        assert error(by_torch, exact) < TOLERANCE[dtype]
+        for level, threads in itertools.product(kernel.levels, (1, 2)):
+            got = layer.by_kernel(kernel.at(level, threads))
+            assert error(got, exact) < TOLERANCE[dtype], (level, threads, tokens)
+            assert error(got, by_torch) < TOLERANCE[dtype], (level, threads, tokens)
+
+
+@pytest.mark.parametrize("tokens", [17, 40])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_more_tokens_than_one_reading_of_a_block_serves(kernel: Kernel, tokens: int, dtype: torch.dtype) -> None:
+    layer = Layer(96, 72, tokens, dtype, experts=2, top_k=1)  # all choose the same one
+    assert len(layer.places()[0]) == tokens
+    for level in kernel.levels:
+        assert error(layer.by_kernel(kernel.at(level, 2)), layer.exact()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("level", kernels.LEVELS)
+def test_rounds_where_torch_does(kernel: Kernel, level: str) -> None:
+    """With sums that are exact in any order, what is left is where values are rounded: then the bits are torch's."""
+    if level not in kernel.levels:
+        pytest.skip("not on this processor")
+    g = torch.Generator().manual_seed(5)
+    layer = Layer(64, 48, 9, torch.bfloat16)
+    layer.x = (torch.randint(-15, 16, layer.x.shape, generator=g) / 8).bfloat16()
+    layer.gate_up = (torch.randint(-7, 8, layer.gate_up.shape, generator=g) / 16).bfloat16()
+    layer.down.zero_()
+    pick = torch.randint(0, 48, (6, 64, 1), generator=g)  # a row of down picks one of the values, times 3/2
+    layer.down.scatter_(2, pick, 1.5)
+    want = layer.by_torch()
+    assert torch.equal(layer.by_kernel(kernel.at(level, 2)), want)
+    assert want.unique().numel() > 300
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_tanh_gelu(kernel: Kernel, dtype: torch.dtype) -> None:
+    layer = Layer(70, 100, 5, dtype)
+    for level in kernel.levels:
+        got = layer.by_kernel(kernel.at(level), activation=1)
+        assert error(got, layer.exact(lambda x: gelu(x, approximate="tanh"))) < TOLERANCE[dtype]
+        assert error(got, layer.exact()) > 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_activation_at_every_size(kernel: Kernel, dtype: torch.dtype) -> None:
+    """One row of gate per value, from the smallest to where e^-x overflows; NaN and infinity stay what they are."""
+    values = torch.cat([torch.linspace(-120, 120, 481), torch.logspace(-30, 30, 61), -torch.logspace(-30, 30, 61)])
+    special = torch.tensor([torch.inf, torch.nan])
+    rounding = 2**-7 if dtype is torch.bfloat16 else 0.0
+    for given, number, act, relative in (
+        (torch.cat([values, special]), 0, silu, 1e-6),
+        # what is left of a small tail is better than torch's own float32, where 1 + tanh cancels
+        (values.clamp(-1e12, 1e12), 1, lambda x: gelu(x, approximate="tanh"), 2e-5),
+    ):
+        gate = given.to(dtype)
+        want = act(gate.double())
+        for level in kernel.levels:
+            got = _activated(kernel.at(level, 1), gate, number).double()
+            near = torch.isclose(got, want, rtol=relative + rounding, atol=1e-13) | (got == want)
+            near |= got.isnan() & want.isnan()
+            assert near.all(), (level, gate[~near], got[~near], want[~near])
+
+
+def _activated(kernel: Kernel, gate: torch.Tensor, number: int) -> torch.Tensor:
+    """act(gate), by experts of one hidden and one inner element each."""
+    n, dtype = len(gate), gate.dtype
+    gate_up = torch.stack([gate, torch.ones_like(gate)], dim=1)[..., None].contiguous()  # [n, 2, 1]
+    down = torch.ones(n, 1, 1, dtype=dtype)
+    experts = []
+    for i in range(n):
+        where = matrices({"gate_up_proj": gate_up[i], "down_proj": down[i]}, dtype)
+        assert where is not None
+        experts.append((where, [i]))
+    out = torch.empty(n, 1, dtype=dtype)
+    kernel.run(torch.ones(n, 1, dtype=dtype), experts, torch.ones(n), out, top_k=1, activation=number)
+    return out[:, 0]
+
+
+# what it does not depend on
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 96), (71, 133)])
+def test_bits_do_not_depend_on_company_threads_or_order(
+    kernel: Kernel, hidden: int, inner: int, dtype: torch.dtype
+) -> None:
+    layer = Layer(hidden, inner, 13, dtype, experts=7, top_k=3)
+    for level in kernel.levels:
+        want = layer.by_kernel(kernel.at(level, 1))
+        for threads in (2, 3, 8):
+            assert torch.equal(layer.by_kernel(kernel.at(level, threads)), want)
+        assert torch.equal(layer.by_kernel(kernel.at(level, 2), order=[4, 6, 0, 5, 2, 3, 1]), want)
+        alone = torch.empty_like(want)
+        for e, places in enumerate(layer.places()):
+            for p in places:
+                kernel.at(level).run(
+                    layer.x, [(layer.at(e), [p])], layer.weights.reshape(-1), alone, top_k=3, activation=0
+                )
+        assert torch.equal(alone, want)
+
+
+def test_rows_need_not_be_next_to_each_other(kernel: Kernel) -> None:
+    layer = Layer(64, 32, 5, torch.bfloat16)
+    want = layer.by_kernel(kernel)
+    wide = torch.full((*layer.gate_up.shape[:2], 64 + 3), torch.nan, dtype=torch.bfloat16)
+    wide[..., :64] = layer.gate_up
+    layer.gate_up = wide[..., :64]
+    tall = torch.full((5, 71), torch.nan, dtype=torch.bfloat16)
+    tall[:, 1:65] = layer.x  # an odd address too
+    layer.x = tall[:, 1:65]
+    assert torch.equal(layer.by_kernel(kernel), want)
+
+
+def test_only_its_places_are_written_and_nothing_for_experts_without_tokens(kernel: Kernel) -> None:
+    layer = Layer(64, 32, 4, torch.float32)
+    out = torch.full((8, 64), 7.0)
+    flat = layer.weights.reshape(-1)
+    kernel.run(layer.x, [(layer.at(0), []), (layer.at(1), [3]), (layer.at(2), [])], flat, out, top_k=2, activation=0)
+    assert (out[[0, 1, 2, 4, 5, 6, 7]] == 7).all()
+    assert (out[3] != 7).all()
+    kernel.run(layer.x, [(layer.at(0), [])], flat, out, top_k=2, activation=0)
+    kernel.run(layer.x, [], flat, out, top_k=2, activation=0)
+
+
+def test_calls_at_the_same_time(kernel: Kernel) -> None:
+    layers = [Layer(128, 96, 3, torch.bfloat16, seed=s) for s in range(4)]
+    wants = [layer.by_kernel(kernel.at(threads=1)) for layer in layers]
+    wrong: list[int] = []
+
+    def work(n: int) -> None:
+        for _ in range(200):
+            if not torch.equal(layers[n].by_kernel(kernel.at(threads=3)), wants[n]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not wrong
+    assert not any(t.is_alive() for t in threads)
+
+
+def test_a_forked_child_computes(folder: Path, kernel: Kernel) -> None:
+    """Threads do not survive a fork: the child starts its own."""
+    script = (
+        "import os, sys, torch; from pathlib import Path; from moe.kernels import load_from\n"
+        "sys.path.insert(0, 'tests'); from test_kernels import Layer\n"
+        f"kernel = load_from(Path({str(folder)!r})).at(threads=3)\n"
+        "layer = Layer(128, 96, 3, torch.float32); want = layer.by_kernel(kernel)\n"
+        "pid = os.fork()\n"
+        "same = all(torch.equal(layer.by_kernel(kernel), want) for _ in range(50))\n"
+        "if not pid: os._exit(0 if same else 1)\n"
+        "sys.exit(not same or os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=env, cwd=ROOT)
+
+
+# which modules it is for
+
+
+def experts_of(family: str, **changes: Any) -> Any:
+    model = build(family, **changes)
+    return next((m for m in model.modules() if hf.streamable_experts(m)), None)
+
+
+@pytest.mark.parametrize("family", [f for f, c in FAMILIES.items() if any("expert" in name for name in c)])
+def test_families(kernel: Kernel, family: str) -> None:
+    module = experts_of(family)
+    for dtype in TYPES:
+        assert kernel.usable(module, dtype) == (family != "gpt_oss")
+    assert not kernel.usable(module, torch.float16)
+
+
+class Gated(nn.Module):
+    """An experts module in all that is asked of one."""
+
+    has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, False
+
+    def __init__(self, act: Any = silu, **flags: bool) -> None:
+        super().__init__()
+        self.act_fn = act
+        for name, value in flags.items():
+            setattr(self, name, value)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+class Clamped(Gated):
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate.clamp(max=1000.0)) * up
+
+
+class Interleaved(Gated):
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+
+class Swapped(Gated):
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        up, gate = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+class Particular(Gated):
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not this width")
+
+
+def test_other_modules_are_left_to_torch(kernel: Kernel) -> None:
+    for dtype in TYPES:
+        assert kernel.activation(Gated(), dtype) == 0
+        assert kernel.activation(Gated(nn.SiLU()), dtype) == 0
+        assert kernel.activation(Gated(nn.GELU("tanh")), dtype) == 1
+        for act in (gelu, torch.relu, torch.sigmoid, lambda x: x, lambda x: silu(x) + 1e-6):
+            assert not kernel.usable(Gated(act), dtype)
+        for flag in ("has_bias", "is_transposed", "has_post_expert_norm"):
+            assert not kernel.usable(Gated(**{flag: True}), dtype)
+        assert not kernel.usable(Gated(has_gate=False), dtype)
+        assert not kernel.usable(Gated(is_concatenated=False), dtype)
+        for module in (Clamped(), Interleaved(), Swapped(), Particular()):
+            assert not kernel.usable(module, dtype)
+
+
+def test_weights_it_cannot_read() -> None:
+    gate_up, down = torch.zeros(64, 16), torch.zeros(16, 32)
+    good = matrices({"gate_up_proj": gate_up, "down_proj": down}, torch.float32)
+    assert good is not None
+    assert good.shape == (16, 32, 16, 32)
+    for views in (
+        {"gate_up_proj": gate_up},
+        {"gate_up_proj": gate_up, "down_proj": down.t().contiguous().t()},
+        {"gate_up_proj": gate_up, "down_proj": down.bfloat16()},
+        {"gate_up_proj": gate_up[:62], "down_proj": down},
+        {"gate_up_proj": gate_up, "down_proj": down.to("meta")},
+    ):
+        assert matrices(views, torch.float32) is None
+
+
+# building and loading
+
+
+def library(folder: Path) -> Path:
+    (path,) = folder.glob("*.so")
+    return path
+
+
+def test_kept_privately_and_used_again(kernel: Kernel, folder: Path) -> None:
+    path = library(folder)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [p.name for p in folder.iterdir()] == [path.name], "nothing is left of the work"
+    before = path.stat().st_mtime_ns
+    assert load_from(folder, compilers=()) is not None, "no compiler is needed the second time"
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "grown", "writable by others"])
+def test_damaged_library_is_built_again(kernel: Kernel, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "kernels"
+    assert load_from(folder) is not None
+    path = library(folder)
+    raw = path.read_bytes()
+    middle = len(raw) // 2
+    flipped = raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :]
+    changed = {"cut": raw[:middle], "flipped": flipped, "empty": b"", "grown": raw + b"x"}.get(damage, raw)
+    if damage == "writable by others":
+        path.chmod(0o666)
+    else:
+        replaced = folder / "new"
+        replaced.write_bytes(changed)
+        replaced.chmod(0o600)
+        replaced.replace(path)  # not in place: the other one is mapped
+    assert load_from(folder, compilers=()) is None
+    again = load_from(folder)
+    assert again is not None
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    layer = Layer(64, 32, 3, torch.float32)
+    assert error(layer.by_kernel(again), layer.exact()) < TOLERANCE[torch.float32]
+
+
+def test_folder_that_others_may_write_is_not_trusted(kernel: Kernel, tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    assert load_from(folder) is not None
+    folder.chmod(0o777)
+    assert load_from(folder) is None
+
+
+def test_no_compiler_or_a_bad_one(tmp_path: Path) -> None:
+    assert load_from(tmp_path / "none", compilers=()) is None
+    assert load_from(tmp_path / "unknown", compilers=("no-such-compiler",)) is None
+    for name, script in {
+        "fails": "exit 1",
+        "nothing": "exit 0",
+        "junk": 'while [ "$1" != -o ]; do shift; done; echo junk > "$2"',
+        "other": 'while [ "$1" != -o ]; do shift; done; echo "int f(void){return 1;}" | cc -shared -fPIC -xc - -o "$2"',
+    }.items():
+        bad = tmp_path / name
+        bad.write_text(f"#!/bin/sh\n{script}\n")
+        bad.chmod(0o755)
+        assert load_from(tmp_path / f"of-{name}", compilers=(str(bad),)) is None
+        left = [p for p in (tmp_path / f"of-{name}").iterdir() if p.suffix != ".so"]
+        assert not left
+
+
+def test_wrong_results_are_found_at_once(kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "experts.c"
+    text = kernels.SOURCE.read_text()
+    assert "lane[j] + x" not in text
+    monkeypatch.setattr(kernels, "SOURCE", source)
+    source.write_text(text.replace("g / (1.0f + exponential(-z))", "g / (1.1f + exponential(-z))"))
+    assert load_from(tmp_path / "kernels") is None
+    source.write_text(text.replace("#define ABI 1 ", "#define ABI 9 "))
+    assert load_from(tmp_path / "kernels") is None
+    source.write_text(text)
+    assert load_from(tmp_path / "kernels") is not None
+
+
+def test_unwritable_cache(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert load_from(blocked / "kernels") is None
+
+
+def test_switch(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_KERNELS", "0")
+    assert kernels.load() is None
+    monkeypatch.delenv("OFFLOAD_KERNELS")
+    assert kernels.load() is not None
+    assert kernels.load() is kernels.load()
+
+
+def test_levels(kernel: Kernel) -> None:
+    assert kernel.levels[0] == "plain"
+    assert kernel.level == len(kernel.levels) - 1
+    for level in kernels.LEVELS[len(kernel.levels) :]:
+        with pytest.raises(ValueError, match=level):
+            kernel.at(level)
+
+
+# in a model
+
+
+class Counted:
+    """Counts what the kernel was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[list[int]] = []  # tokens per expert
+        run = Kernel.run
+
+        def counted(kernel: Kernel, hidden: Any, experts: Any, *args: Any, **options: Any) -> None:
+            self.calls.append([len(places) for _, places in experts])
+            run(kernel, hidden, experts, *args, **options)
+
+        monkeypatch.setattr(Kernel, "run", counted)
+
+
+IDS = torch.randint(4, VOCAB, (1, 21), generator=torch.Generator().manual_seed(3))
+
+
+def logits(folder: Path, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
+    with offload.load(folder, context=128, **options) as model, torch.inference_mode():
+        cache = model.engine.new_cache(128)
+        outs = [
+            model.hf(input_ids=part, past_key_values=cache).logits for part in (ids[:, :15], *ids[:, 15:].split(1, 1))
+        ]
+        return torch.cat(outs, dim=1)
+
+
+def smallest(folder: Path) -> int:
+    with pytest.raises(offload.BudgetError) as refusal:
+        offload.load(folder, resident=1, context=128)
+    assert refusal.value.smallest is not None
+    return refusal.value.smallest
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_model_with_and_without(
+    kernel: Kernel, tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("qwen3_moe", dtype=dtype).save_pretrained(tmp_path)
+    counted = Counted(monkeypatch)
+    whole = logits(tmp_path)
+    assert counted.calls
+    assert max(map(max, counted.calls)) <= moe.experts.KERNEL_TOKENS
+    least = smallest(tmp_path)
+    for _ in range(3):  # whatever arrives first
+        assert torch.equal(logits(tmp_path, resident=least), whole), "placement does not show"
+    grouped = len(counted.calls)
+    monkeypatch.setattr(moe.experts, "TOGETHER", 1)
+    assert torch.equal(logits(tmp_path, resident=least), whole)
+    assert len(counted.calls) - grouped > grouped / 5
+    monkeypatch.setenv("OFFLOAD_KERNELS", "0")
+    before = len(counted.calls)
+    by_torch = logits(tmp_path)
+    assert len(counted.calls) == before
+    assert error(whole, by_torch) < (1e-5 if dtype is torch.float32 else 2**-5)
+
+
+def test_experts_of_many_tokens_are_left_to_torch(
+    kernel: Kernel, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one layer some go to the kernel and some to torch; that depends on the counts only."""
+    want = logits(tiny_moe)
+    monkeypatch.setattr(moe.experts, "KERNEL_TOKENS", 3)
+    counted = Counted(monkeypatch)
+    mixed = logits(tiny_moe)
+    assert error(mixed, want) < 1e-5
+    assert max(map(max, counted.calls)) <= 3
+    assert torch.equal(logits(tiny_moe, resident=smallest(tiny_moe)), mixed)
+
+
+def test_device_whose_compute_is_the_cpu(kernel: Kernel, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = logits(tiny_moe)
+    counted = Counted(monkeypatch)
+    assert torch.equal(logits(tiny_moe, device="emulated", vram="64MiB"), want)
+    assert counted.calls
