@@ -29,6 +29,7 @@ from tiers import (
     Trace,
     TransferQueue,
     UpLink,
+    page_up,
     readable_directly,
 )
 
@@ -197,7 +198,7 @@ class Hierarchy:
         blocks = [b.block for b in self._through_host(staged)]
         if not blocks:
             return residency
-        slot = max(b.slot_nbytes for b in blocks)
+        slot = page_up(max(b.slot_nbytes for b in blocks))
         residency.add_pool(STAGING, slot, max(1, min(4, self._host_arena.nbytes // slot)), LRU())
         for block in blocks:
             residency.add(block, STAGING)

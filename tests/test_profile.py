@@ -26,12 +26,17 @@ def big_file(tmp_path: Path) -> Path:
 
 
 def test_disk_readings_cover_sizes_and_depths(big_file: Path) -> None:
-    readings = probe.disk(big_file, seconds=0.02)
-    assert {(r.request, r.depth) for r in readings} == {(r, d) for r in probe.REQUESTS for d in probe.DEPTHS}
-    for r in readings:
-        assert r.bytes_per_s > 0
+    def consistent(r: probe.DiskReading) -> bool:
         # in flight = rate × latency (Little's law), give or take scheduling
-        assert 0.1 < r.bytes_per_s * r.latency_s / r.request / r.depth < 10
+        return 0.1 < r.bytes_per_s * r.latency_s / r.request / r.depth < 10
+
+    for _ in range(4):  # a thread that is not scheduled for a while spoils a reading of 20 ms
+        readings = probe.disk(big_file, seconds=0.02)
+        assert {(r.request, r.depth) for r in readings} == {(r, d) for r in probe.REQUESTS for d in probe.DEPTHS}
+        assert all(r.bytes_per_s > 0 for r in readings)
+        if all(map(consistent, readings)):
+            return
+    raise AssertionError(f"rate and latency contradict each other in four measurements: {readings}")
 
 
 def test_a_file_too_small_to_measure_gives_nothing(tmp_path: Path) -> None:

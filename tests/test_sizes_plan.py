@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from offload.config import RunConfig
 from offload.engine import Engine, Sequences
 from offload.gather import Extent, Gather
+from offload.hierarchy import Hierarchy
 from offload.layout import ExpertGroup, LaidOut, LayerLayout, ModelLayout, Table
 from offload.planning.placement import (
     MIN_CONTEXT,
@@ -31,7 +32,7 @@ from offload.planning.placement import (
     make_plan,
 )
 from offload.sizes import ceil_mib, format_size, parse_size
-from tiers import CHUNK, PAGE, Arena, Block, BudgetError, Pool, UsageError, page_up
+from tiers import CHUNK, PAGE, Arena, Block, BudgetError, DirectReader, EmulatedDevice, Pool, UsageError, page_up
 
 KIB, MIB, GIB, TIB = (1 << s for s in (10, 20, 30, 40))
 
@@ -472,3 +473,19 @@ def test_every_device_size_computes_the_same(family: str, changes: dict[str, Any
         plan = engine.plan
         kinds.add((plan.compute.stream is not None, plan.expert_slots == plan.experts_total))
     assert {(True, False), (False, True)} <= kinds, "from streaming to everything on the device"
+
+
+def test_staging_slots_are_whole_pages(tmp_path: Path) -> None:
+    """As many blocks as fit are staged at once on their way up, each in whole pages."""
+    build("llama", vocab_size=150).save_pretrained(tmp_path)
+    engine = Engine(tmp_path, RunConfig(device="emulated", vram="64MiB", context=64))
+    engine.close()
+    biggest = max(b.slot_nbytes for b in engine.layout.blocks())
+    arena = page_up(3 * biggest)
+    assert arena < 3 * page_up(biggest), "three would fit if slots could begin anywhere"
+    plan = replace(engine.plan, host=replace(engine.plan.host, arena=arena))
+    reader = DirectReader([tmp_path / "model.safetensors"])
+    memory = Hierarchy(engine.layout, plan, reader, EmulatedDevice(1e9), lambda: False)
+    memory.load(None)
+    memory.close()
+    reader.close()
