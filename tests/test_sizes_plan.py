@@ -477,7 +477,7 @@ def test_every_device_size_computes_the_same(family: str, changes: dict[str, Any
 
 def test_staging_slots_are_whole_pages(tmp_path: Path) -> None:
     """As many blocks as fit are staged at once on their way up, each in whole pages."""
-    build("llama", vocab_size=150).save_pretrained(tmp_path)
+    build("llama", vocab_size=230).save_pretrained(tmp_path)
     engine = Engine(tmp_path, RunConfig(device="emulated", vram="64MiB", context=64))
     engine.close()
     biggest = max(b.slot_nbytes for b in engine.layout.blocks())
