@@ -164,7 +164,7 @@ def _from_entry(name: str, e: Mapping[str, Any]) -> Machine:
     if device:
         half = number("device_flops_per_s")
         used = rates(number("device_memory_bytes_per_s"), half, half * _SINGLE_SHARE)
-    if min(number("disk_bytes_per_s"), number("ram_bytes")) <= 0:
+    if min(number("disk_bytes_per_s"), number("ram_bytes"), number("link_up_bytes_per_s") if vram else 1) <= 0:
         raise ValueError("a speed or size of zero")
     return Machine(
         name=name,
