@@ -108,6 +108,16 @@ SPECS = {
             "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
             "vocab_size": 4096,
         }),
+        # the same shapes with fewer layers, for grids of many runs
+        Spec("llama-1b", "1.5GiB", 16, 3 * GIB // 2, {
+            **_LLAMA, "hidden_size": 3072, "num_hidden_layers": 8, "intermediate_size": 8192,
+            "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+        }),
+        Spec("olmoe-2b", "1.5GiB", 48, 3 * GIB // 2, {
+            **_OLMOE, "hidden_size": 1024, "num_hidden_layers": 5, "intermediate_size": 1024,
+            "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+            "vocab_size": 4096,
+        }),
         Spec("llama-3b-small", "1GiB", 6, 1 << 20, {
             **_LLAMA, "hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512,
             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,

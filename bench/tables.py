@@ -125,6 +125,51 @@ def _disk(result: Result) -> str:
     )
 
 
+def _predict(result: Result) -> str:
+    lines = [
+        "| cell | decode measured | as told | at the run's speeds | first token measured | as told "
+        "| at the run's speeds | disk drift |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for c in result["cells"]:
+        e, last = c["errors"], c["requests"][-1]
+        what = f"{c['model']}, {c['device']}, {c['percent']}%, batch {c['batch']}, prompt {c['prompt']}"
+        drift = f"{100 * e['drift']:+.0f}%" if e["drift"] is not None else "–"
+        lines.append(
+            f"| {what} | {_rate(c['batch'] / last['decode_s'])} tokens/s | {100 * e['told_decode']:+.0f}% | "
+            f"{100 * e['model_decode']:+.0f}% | {last['ttft_s']:.2f} s | {100 * e['told_ttft']:+.0f}% | "
+            f"{100 * e['model_ttft']:+.0f}% | {drift} |"
+        )
+    s = result["summary"]
+
+    def both(name: str) -> str:
+        return f"{100 * s[name]['median']:.1f} % / {100 * s[name]['p90']:.1f} %"
+
+    cells = "\n".join(lines)
+    return (
+        f"Error of {len(result['cells'])} cells, median / 90th percentile (targets 5 % / 15 %): at the speeds measured "
+        f"in the same run, decode {both('model_decode')}, first token {both('model_ttft')}; as a user is told, "
+        f"decode {both('told_decode')}, first token {both('told_ttft')}; at the very first request of a cell, decode "
+        f"{both('first_decode')}.\n\n<details><summary>all cells</summary>\n\n{cells}\n\n</details>\n\n"
+        f"Errors are predicted over measured time, less 1; percent of the model that fits in memory; the emulated "
+        f"device's link is {result['link']}/s. {_machine(result['machine'])}, {result['date'].split()[0]}."
+    )
+
+
+def _regret(result: Result) -> str:
+    lines = ["| cell | planner | best by hand | its choices | regret | own spread |", "|---|---|---|---|---|---|"]
+    for name, c in result["cells"].items():
+        best = min((r for r in c["rows"][1:] if r["runs"]), key=lambda r: r["seconds"])
+        choices = ", ".join(f"{k}={v}" for k, v in best["set"].items())
+        lines.append(
+            f"| {name} | {c['rows'][0]['seconds']:.2f} s | {best['seconds']:.2f} s | {choices} "
+            f"| {100 * c['regret']:+.1f}% | {100 * c['spread']:.1f}% |"
+        )
+    return "\n".join([*lines, "", f"Seconds of a whole request, median of {result['rounds']} rounds; target: "
+                      f"{100 * result['target']:.0f} % or the cell's own spread. {_machine(result['machine'])}, "
+                      f"{result['date'].split()[0]}."])  # fmt: skip
+
+
 def _machine(m: Result) -> str:
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['ram_bytes'] / GIB:.0f} GiB RAM, Linux {m['kernel'].split('-')[0]}, "
@@ -141,6 +186,8 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "startup": _startup,
     "overlap": _overlap,
     "disk": _disk,
+    "predict": _predict,
+    "regret": _regret,
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from cli.progress import Progress, dim
 from offload.errors import Interrupted, UsageError
 from offload.model import Conversation, Model
+from offload.stats import RequestStats
 
 _HELP = "/clear starts anew · /stats tells about the last answer · /quit, Ctrl-D or Ctrl-C leaves"
 
@@ -57,6 +58,8 @@ def talk(
         if result is None:
             print(dim("(stopped)", sys.stderr), file=sys.stderr)
             continue
+        for note in result.notes:
+            print(dim(note, sys.stderr), file=sys.stderr)
         if result.finish[0] == "length":
             print(dim("(cut short: --max-new-tokens or the context is reached)", sys.stderr), file=sys.stderr)
         print(dim(result.stats.one_line(), sys.stderr), file=sys.stderr)
@@ -74,13 +77,23 @@ def _slash(line: str, conversation: Conversation, model: Model) -> None:
             "new tokens": str(s.new_tokens),
             "first token": f"{s.ttft_s:.3f} s",
             "decode": f"{s.decode_tokens_per_s:.2f} tokens/s" if s.decode_tokens_per_s else "-",
+            "predicted": _predicted(s),
             "read from disk": f"{t.bytes_read / 1e6:.1f} MB",
             "found in memory": f"{100 * s.hit_rate:.1f} %" if s.hit_rate is not None else "-",
             "waited for disk": f"{t.stall_s:.3f} s of {t.seconds:.3f} s",
             "peak memory": f"{s.peak_rss_bytes / 2**20:.0f} MiB of {s.budget_bytes / 2**20:.0f} MiB",
             "bottleneck": s.bottleneck,
         }
+        if s.learned:
+            rows["learned"] = s.learned
         for k, v in rows.items():
             print(f"{k:>16}  {v}", file=sys.stderr)
     else:
         print(_HELP, file=sys.stderr)
+
+
+def _predicted(s: RequestStats) -> str:
+    if s.predicted_decode_tokens_per_s is None:
+        return "-"
+    off = f" ({100 * s.prediction_error:+.0f}%)" if s.prediction_error is not None else ""
+    return f"{s.predicted_decode_tokens_per_s:.2f} tokens/s{off}, first token {s.predicted_ttft_s:.3f} s"

@@ -60,6 +60,7 @@ def _loading() -> _Parser:
     run.add_argument("--context", type=_whole, metavar="N", help="tokens to reserve KV for (default: what fits)")
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")
     run.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link (default: 8GB/s)")
+    run.add_argument("--graphs", action="store_true", help="decode with CUDA graphs where weights stay on the device")
     run.add_argument("--trace", metavar="FILE", help="write a timeline that opens in Perfetto")
     _settings(run)
     return common

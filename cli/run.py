@@ -51,7 +51,8 @@ def _load(args: argparse.Namespace) -> Model:
     with Progress() as progress:
         return offload.load(
             args.model, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device, dtype=args.dtype,
-            context=args.context, threads=args.threads, link=args.link, trace=args.trace, overrides=dict(args.settings),
+            context=args.context, threads=args.threads, link=args.link, trace=args.trace, graphs=args.graphs,
+            overrides=dict(args.settings),
             progress=progress,
         )  # fmt: skip
 
@@ -211,6 +212,8 @@ def _profile(args: argparse.Namespace) -> int:
     if p.link is not None:
         up, down, slow = p.link.up_bytes_per_s, p.link.down_bytes_per_s, p.link.pageable_up_bytes_per_s
         print(f"link             {up / 1e9:7.2f} GB/s up, {down / 1e9:.2f} down, {slow / 1e9:.2f} from pageable memory")
+    if p.direct_bytes_per_s is not None:
+        print(f"disk to device   {p.direct_bytes_per_s / 1e9:7.2f} GB/s   past the host")
     for c in p.compute:
         print(
             f"{c.dtype:9s} x {c.tokens:<4d} {c.weight_bytes_per_s / 1e9:7.2f} GB/s of weights, "

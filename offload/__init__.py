@@ -47,7 +47,7 @@ def load(
 ) -> Model:
     """Load a model: a folder, a bundled name, or a hub id; the bundled demo model if left out.
 
-    Options: `ram`, `resident`, `device`, `dtype`, `context`, `threads` (see `offload.config.RunConfig`), or
+    Options: `ram`, `resident`, `device`, `dtype`, `context`, `threads` and more (see `offload.config.RunConfig`), or
     accelerate's `max_memory={"cpu": "24GiB"}`. `progress(what, bytes_done, bytes_in_all)` is called while loading.
     Raises an `OffloadError` whose message is one line that names the remedy.
     """

@@ -22,7 +22,9 @@ class RunConfig:
     kept in memory, bytes or a percentage of the model (None: as many as fit). `context`: tokens KV is reserved for
     (None: what fits, at most the model's own). `threads`: compute threads (None: all cores). `link`: rate of the
     emulated device's link, bytes per second. `trace`: file for a timeline. `overrides`: choices made by hand
-    (`offload.planning.placement.Overrides`).
+    (`offload.planning.placement.Overrides`). `graphs`: replay norms and MLPs of decode steps from CUDA graphs.
+    `count_launches`: count kernel launches and host synchronisations of every pass, on a CUDA device; passes take much
+    longer then.
     """
 
     ram: str | int | None = None
@@ -35,6 +37,8 @@ class RunConfig:
     link: str = "8GB"
     trace: str | None = None
     overrides: Mapping[str, int] | None = None
+    graphs: bool = False
+    count_launches: bool = False
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
@@ -50,6 +54,9 @@ class RunConfig:
         for flag, value in (("--context", self.context), ("--threads", self.threads)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{flag}: {value!r} is not a whole number above zero")
+        for name, on in (("graphs", self.graphs), ("count_launches", self.count_launches)):
+            if not isinstance(on, bool):
+                raise UsageError(f"{name}: {on!r} is neither True nor False")
 
     @classmethod
     def of(cls, options: Mapping[str, Any], max_memory: Mapping[Any, str | int] | None = None) -> RunConfig:

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from kvstore import make_cache
 from moe import LayerExperts
-from offload import hardware, hf
+from offload import graphs, hardware, hf, launches
 from offload.binding import Binder
 from offload.config import RunConfig
 from offload.describe import describe
@@ -42,10 +42,13 @@ from tiers import (
     DirectReader,
     EmulatedDevice,
     Interrupted,
+    KvikioReader,
     Lease,
     OffloadError,
+    ReadError,
     Trace,
     UsageError,
+    gds,
 )
 from tiers import memory as mem
 
@@ -79,7 +82,9 @@ class Engine:
         self.hf_config, self.hf, self.layout = description.config, description.model, description.layout
         assert description.checkpoint is not None
         self.device = make_device(config)
+        directly = _reads_directly(folder, self.device)
         device_base, vram = device_budget(config, self.device)
+        device_base += (gds.DEVICE_CACHE if directly else 0) + (graphs.RESERVE if config.graphs else 0)
         ram = ram_budget(config)
         self.machine = hardware.machine_of(folder, self.device, ram=ram, vram=vram)
         self.machine_id = hardware.identity(folder, self.device)
@@ -101,14 +106,23 @@ class Engine:
         self.plan: Plan = choose(description, budgets, machine, Workload(), self.calibration.repeat, overrides).plan
         self.steps: list[StepStats] = []
         self.trace = Trace() if config.trace is not None else None
-        self._reader = DirectReader(description.checkpoint.files)
-        try:
+        self.notes: list[str] = []  # what a user should know and has not been told
+        self.count_launches = config.count_launches
+        self.captures = graphs.Captures(graphs.cuda_graphs(), self.notes) if config.graphs else None
+        with ExitStack() as opened:
+            reader = DirectReader(description.checkpoint.files)
+            opened.callback(reader.close)
+            direct: KvikioReader | None = None
+            if directly:
+                try:
+                    direct = KvikioReader(description.checkpoint.files)
+                    opened.callback(direct.close)
+                except ReadError as e:
+                    self.notes.append(f"weights go through host memory: {e}")
             self._memory = Hierarchy(
-                self.layout, self.plan, self._reader, self.device, self.interrupt.is_set, self.trace
+                self.layout, self.plan, reader, self.device, self.interrupt.is_set, self.trace, direct
             )
-        except BaseException:
-            self._reader.close()
-            raise
+            self._close_files = opened.pop_all().close
         try:
             self._connect()
             self._memory.load(progress)
@@ -176,7 +190,7 @@ class Engine:
     def close(self) -> None:
         """Stop the workers, close the files, write the trace. Steps after this raise."""
         self._memory.close()
-        self._reader.close()
+        self._close_files()
         if self.trace is not None and self.config.trace is not None:
             try:
                 self.trace.write(Path(self.config.trace).absolute())
@@ -187,21 +201,23 @@ class Engine:
 
     def _pass(self, tokens: torch.Tensor, cache: Cache | None, inputs: Mapping[str, Any]) -> Any:
         stats = StepStats(tokens=tokens.numel(), sequences=tokens.shape[0])
-        before = self._memory.books()
-        began = time.perf_counter()
-        finished = False
-        try:
-            with torch.inference_mode():
-                out = self._forward(input_ids=tokens, past_key_values=cache, **inputs)
-            finished = True
-            return out
-        finally:
-            if not finished:
-                self._memory.restart()
-            stats.seconds = time.perf_counter() - began
-            for name, value in self._memory.books().items():
-                setattr(stats, name, value - before[name])
-            self.steps.append(stats)
+        counting = self.count_launches and self.device.kind == "cuda"
+        with launches.counted(stats) if counting else nullcontext():
+            before = self._memory.books()
+            began = time.perf_counter()
+            finished = False
+            try:
+                with torch.inference_mode():
+                    out = self._forward(input_ids=tokens, past_key_values=cache, **inputs)
+                finished = True
+                return out
+            finally:
+                if not finished:
+                    self._memory.restart()
+                stats.seconds = time.perf_counter() - began
+                for name, value in self._memory.books().items():
+                    setattr(stats, name, value - before[name])
+                self.steps.append(stats)
 
     @contextmanager
     def _computing(self, name: str, stays: int, streamed: Mapping[str, Binder]) -> Iterator[None]:
@@ -275,6 +291,10 @@ class Engine:
         if layout.head is not None:
             self._bytes_of[layout.head.block.key] = layout.head.block.nbytes
         self._layer_bytes = sum(self._bytes_of.values())
+        if self.captures is not None:
+            for layer in layout.layers:
+                stay = {spec.name for part in layer.dense if part.block.key not in gone for spec in part.specs}
+                self.captures.wrap(self.hf.get_submodule(layer.module), layer.module, stay)
         for layer in layout.layers:
             for group in layer.experts:
                 hf.attach_experts(self.hf.get_submodule(group.module), self._layer_experts(group))
@@ -320,11 +340,22 @@ def make_device(config: RunConfig) -> Device:
     kind = config.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.graphs and kind != "cuda":
+        raise UsageError(f"--graphs: there are CUDA graphs on a CUDA device only, and this is --device {kind}")
     if kind == "emulated":
         return EmulatedDevice(parse_rate(config.link, flag="--link"))
     if config.vram is not None and kind == "cpu":
         raise UsageError("--vram: there is no device with memory of its own here; use --device emulated to try one")
     return CudaDevice() if kind == "cuda" else CpuDevice()
+
+
+def _reads_directly(folder: Path, device: Device) -> bool:
+    """Whether files are to be read straight into device memory: only where measurements say that it is faster.
+
+    Loads kvikio, which takes memory: before what the process already uses is looked at.
+    """
+    known = hardware.kept(folder, device) if device.kind == "cuda" else None
+    return known is not None and known.prefers_direct and gds.unusable() is None
 
 
 def device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from offload.plan_cache import cache_folder
 from offload.planning.machine import Machine, Rates
-from tiers import Arena, Device, EmulatedDevice, probe
+from tiers import Arena, Device, EmulatedDevice, ReadError, gds, probe
 from tiers import memory as mem
 
 _VERSION = 2
@@ -62,6 +62,7 @@ class Profile:
     disk_drag: float = 0.0  # seconds longer that compute takes per second the disk is read beside it
     link_drag: float = 0.0  # the same for copies over the link
     rough: bool = False  # a first look
+    direct_bytes_per_s: float | None = None  # from files straight into device memory; None where that cannot be done
     took_s: float = 0.0
     notes: tuple[str, ...] = field(default_factory=tuple)
 
@@ -69,6 +70,13 @@ class Profile:
     def disk_bytes_per_s(self) -> float:
         """Best sequential rate."""
         return max((r.bytes_per_s for r in self.disk if r.sequential), default=0.0)
+
+    @property
+    def prefers_direct(self) -> bool:
+        """Whether reading straight into device memory is faster than by way of the host."""
+        if self.direct_bytes_per_s is None or self.link is None:
+            return False
+        return self.direct_bytes_per_s > min(self.disk_bytes_per_s, self.link.up_bytes_per_s)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -79,7 +87,8 @@ class Profile:
         linear: dict[str, list[tuple[int, float, float]]] = {}
         for c in self.compute:
             linear.setdefault(c.dtype, []).append((c.tokens, 1 / c.weight_bytes_per_s, c.call_s))
-        linear.setdefault("float16", linear["bfloat16"])
+        for half in ("bfloat16", "float16"):  # what was not measured is taken to be as fast as what was
+            linear.setdefault(half, linear.get("bfloat16") or next(iter(linear.values())))
         link = self.link.up_bytes_per_s if self.link is not None else None
         assumptions = [f"measured {time.strftime('%Y-%m-%d', time.gmtime(self.measured_at))}"]
         if self.rough:
@@ -112,23 +121,26 @@ class Profile:
 
 def profile(folder: Path, device: Device, *, fresh: bool = False) -> Profile:
     """The profile of this machine for models in `folder`: the one kept, or measured now."""
-    path = _path(folder, device)
-    known = None if fresh else _load(path)
+    known = None if fresh else kept(folder, device)
     if known is None or known.rough:
         known = measure(folder, device)
         with contextlib.suppress(OSError):
-            _save(path, known)
+            _save(_path(folder, device), known)
     return known
+
+
+def kept(folder: Path, device: Device) -> Profile | None:
+    """The profile kept from an earlier measurement that still counts, or None; measures nothing."""
+    return _load(_path(folder, device))
 
 
 def look(folder: Path, device: Device) -> Profile:
     """The profile that is kept, else a first look at the machine, which is kept too until there is a profile."""
-    path = _path(folder, device)
-    known = _load(path)
+    known = kept(folder, device)
     if known is None:
         known = _first_look(folder, device)
         with contextlib.suppress(OSError):
-            _save(path, known)
+            _save(_path(folder, device), known)
     return known
 
 
@@ -182,9 +194,9 @@ def measure(folder: Path, device: Device) -> Profile:
     notes: list[str] = []
     largest = _largest_file(folder)
     if largest is not None and largest.stat().st_size >= _SCRATCH_BYTES:
-        disk, disk_drag = probe.disk(largest), _disk_drag(largest, device)
+        disk, direct, disk_drag = _disk_speeds(largest, device, notes)
     else:
-        disk, disk_drag = _scratch_disk(folder, device, notes)
+        disk, direct, disk_drag = _scratch_disk(folder, device, notes)
     if device.kind == "emulated":
         notes.append("the link is emulated")
     dtypes = [torch.float32, torch.bfloat16]
@@ -208,12 +220,28 @@ def measure(folder: Path, device: Device) -> Profile:
         step_call_s=step,
         disk_drag=disk_drag,
         link_drag=_link_drag(device),
+        direct_bytes_per_s=direct,
         took_s=time.perf_counter() - began,
         notes=tuple(notes),
     )
 
 
-def _scratch_disk(folder: Path, device: Device, notes: list[str]) -> tuple[list[probe.DiskReading], float]:
+_DiskSpeeds = tuple[list[probe.DiskReading], float | None, float]
+
+
+def _disk_speeds(path: Path, device: Device, notes: list[str]) -> _DiskSpeeds:
+    """Into host memory and, where that works, straight into the device's, from the same file; and the drag."""
+    readings, direct = probe.disk(path), None
+    if device.kind == "cuda" and (why := gds.unusable()) is not None:
+        notes.append(f"files cannot be read straight into device memory: {why}")
+    try:
+        direct = probe.direct(path, device)
+    except ReadError as e:
+        notes.append(f"reading straight into device memory failed: {e}")
+    return readings, direct, _disk_drag(path, device)
+
+
+def _scratch_disk(folder: Path, device: Device, notes: list[str]) -> _DiskSpeeds:
     where = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
     try:
         with tempfile.NamedTemporaryFile(dir=where, prefix=".offload-probe-") as f:
@@ -223,10 +251,10 @@ def _scratch_disk(folder: Path, device: Device, notes: list[str]) -> tuple[list[
             f.flush()
             os.fsync(f.fileno())
             notes.append(f"disk speeds were taken on a new file of {_SCRATCH_BYTES >> 20} MiB in {where}")
-            return probe.disk(Path(f.name)), _disk_drag(Path(f.name), device)
+            return _disk_speeds(Path(f.name), device, notes)
     except OSError as e:
         notes.append(f"disk speeds could not be taken in {where}: {e.strerror}")
-        return [], 0.0
+        return [], None, 0.0
 
 
 def _disk_drag(file: Path, device: Device) -> float:

@@ -2,6 +2,10 @@
 
 On a CPU there is one residency, over RAM, fed from disk. With a device there are two: the device's is fed over the
 link from the host's, which is fed from disk. `compute` is the one whose blocks are computed on.
+
+With a direct reader the host has no place for dense blocks that only pass through: they are read from disk straight
+into device memory, and nobody fetches them ahead on the host, which would read them twice. Blocks the host keeps for
+good, experts, which it caches, and what must be decoded still come through it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from offload.layout import LaidOut, ModelLayout
 from offload.planning.placement import READERS, Plan, TierPlan, dense_blocks, expert_pools
 from prefetch import CyclicSchedule, Prefetcher
 from tiers import (
+    COPIES,
     LRU,
     Arena,
     Block,
@@ -24,11 +29,11 @@ from tiers import (
     Trace,
     TransferQueue,
     UpLink,
+    readable_directly,
 )
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 STREAM, STAGING = "stream", "staging"
-COPIES = 2  # transfers to the device in flight: one is carried while the next is being prepared
 
 
 class Hierarchy:
@@ -42,8 +47,10 @@ class Hierarchy:
         device: Device,
         interrupted: Callable[[], bool],
         trace: Trace | None = None,
+        direct: BlockReader | None = None,
     ) -> None:
         self._layout = layout
+        self._direct = direct
         self._plan = plan
         self._device = device
         self._interrupted = interrupted
@@ -60,8 +67,8 @@ class Hierarchy:
             else:
                 device.pin(self._host_arena)
                 self.host = self._staging()
-                self._uplink = UpLink(self.host, device)
-                self.up = TransferQueue(self._uplink, COPIES, trace)
+                self._uplink = UpLink(self.host, device, direct)
+                self.up = TransferQueue(self._uplink, COPIES, trace, self.disk.meter)
                 arena = device.arena(plan.device.arena)
                 self.compute = self._residency(arena, self.up, plan.device, device)
             self.prefetcher = self._schedule(self.compute, plan.compute, dense_blocks(layout))
@@ -110,7 +117,7 @@ class Hierarchy:
             for block in later:
                 self.host.pin(block)
             wait(later, self.host)
-            self.host_prefetcher = self._schedule(self.host, plan.host, self.streamed())
+            self.host_prefetcher = self._schedule(self.host, plan.host, self._through_host(self.streamed()))
         for prefetcher in (self.host_prefetcher, self.prefetcher):
             if prefetcher is not None:
                 prefetcher.start()
@@ -134,7 +141,7 @@ class Hierarchy:
                 prefetcher.restart()
 
     def books(self) -> dict[str, float]:
-        """Running totals, by the names of `StepStats`' fields."""
+        """Running totals, by the names of `StepStats`' fields. What is read directly counts as read, not as up."""
         c = self.compute.counters
         return {
             "stall_s": c.stall_s, "needed": c.needed, "hit": c.hit, "late": c.late, "missed": c.missed,
@@ -153,6 +160,10 @@ class Hierarchy:
     def fetch_rows(self, block: Block, slot: object) -> Ticket:
         """An ad-hoc gather from disk (embedding rows), on demand."""
         return self.disk.fetch(block, slot, Cause.DEMAND)  # type: ignore[arg-type]
+
+    def _through_host(self, blocks: Iterable[LaidOut]) -> list[LaidOut]:
+        """Those that cannot be read straight into device memory: all, without a direct reader."""
+        return [b for b in blocks if self._direct is None or not readable_directly(b.block)]
 
     def _residency(self, arena: Arena, queue: TransferQueue, plan: TierPlan, device: Device | None) -> Residency:
         """A tier laid out by its plan: pools for what comes and goes; what is pinned gets its slots in `load`."""
@@ -177,12 +188,15 @@ class Hierarchy:
         return Prefetcher(residency, schedule, window=plan.stream.count)
 
     def _staging(self) -> Residency:
-        """The host while loading: one pool that everything bound for the device passes through."""
+        """The host while loading: one pool that what is bound for the device passes through, if it must."""
         residency = Residency(self._host_arena, self.disk, None, self._trace)
         residency.interrupted = self._interrupted
-        blocks = [b.block for b in self.pinned()]
+        staged = self.pinned()
         if self._plan.everything_fits:
-            blocks += [e.block for es in expert_pools(self._layout).values() for e in es]
+            staged += [e for es in expert_pools(self._layout).values() for e in es]
+        blocks = [b.block for b in self._through_host(staged)]
+        if not blocks:
+            return residency
         slot = max(b.slot_nbytes for b in blocks)
         residency.add_pool(STAGING, slot, max(1, min(4, self._host_arena.nbytes // slot)), LRU())
         for block in blocks:

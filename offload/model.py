@@ -185,6 +185,8 @@ class Model:
                                 clock, result)  # fmt: skip
         finally:
             self._count(stats, clock, sum(map(len, ids)), began)
+            notes += self.engine.notes
+            self.engine.notes.clear()
             stats.sequences = len(ids)
             stats.new_tokens = sum(map(len, result.token_ids)) or clock.generated
         if num_beams == 1 and len(ids) <= at_once:

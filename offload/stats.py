@@ -14,6 +14,7 @@ class StepStats:
     """One pass over the weights. Bytes and seconds.
 
     `needed` are the bytes of the blocks the pass used, `hit` those of them that were in memory from before.
+    `launches` and `syncs` mean something only where `counted` is not 0: it is the number of passes that were counted.
     """
 
     tokens: int = 0
@@ -21,13 +22,16 @@ class StepStats:
     seconds: float = 0.0
     stall_s: float = 0.0
     read_busy_s: float = 0.0  # wall time with at least one disk request in flight
-    bytes_read: int = 0
+    bytes_read: int = 0  # from disk, whether into host or device memory
     link_busy_s: float = 0.0
     bytes_up: int = 0  # from host to device memory
     needed: int = 0
     hit: int = 0
     late: int = 0
     missed: int = 0
+    launches: int = 0  # kernels and graphs the computing thread launched
+    syncs: int = 0  # times it waited for the device
+    counted: int = 0
 
     def __add__(self, other: StepStats) -> StepStats:
         return StepStats(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))

@@ -6,11 +6,17 @@ import json
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from offload import engine, graphs, launches
+from offload.stats import StepStats
+from tiers import EmulatedDevice
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -20,7 +26,10 @@ import common  # noqa: E402
 import compare  # noqa: E402
 import decode  # noqa: E402
 import disk  # noqa: E402
+import gpu_check  # noqa: E402
 import limit  # noqa: E402
+import predict  # noqa: E402
+import regret  # noqa: E402
 import startup  # noqa: E402
 import tables  # noqa: E402
 
@@ -328,3 +337,115 @@ def test_tables_name_what_is_wrong(tmp_path: Path, text: str, message: str, caps
 def test_results_name_no_folder_of_this_machine() -> None:
     for path in (ROOT / "bench" / "results").glob("*.json"):
         assert str(Path.home()) + "/" not in path.read_text()
+
+
+# on a GPU: what can be tried without one
+
+
+class Device(EmulatedDevice):
+    kind = "cuda"
+
+
+class Replayed:
+    """A graph that does the work again."""
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self._work, self._out = work, work().clone()
+        return self._out
+
+    def replay(self) -> None:
+        self._out.copy_(self._work())
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Stands for a CUDA device; five launches are counted in every pass."""
+
+    @contextmanager
+    def counting(stats: StepStats) -> Iterator[None]:
+        yield
+        stats.launches, stats.syncs, stats.counted = 5, 1, 1
+
+    monkeypatch.setattr(engine, "make_device", lambda config: Device(8e9))
+    monkeypatch.setattr(graphs, "cuda_graphs", lambda: Replayed)
+    monkeypatch.setattr(launches, "counted", counting)
+    return Device(8e9)
+
+
+def test_a_row_of_gpu_check_has_what_it_should(device: Device, scratch: Path) -> None:
+    folder = checkpoints.make(checkpoints.SPECS["llama-3b-small"], scratch)
+    off, on = (gpu_check.decode(folder, "512MiB", 6, graphs) for graphs in (False, True))
+    assert off["token_ids"] == on["token_ids"]
+    assert len(off["token_ids"]) == 6
+    assert (off["graphs"], on["graphs"]) == (False, True)
+    for row in (off, on):
+        assert (row["launches_per_token"], row["syncs_per_token"], row["notes"]) == (5, 1, [])
+        assert row["decode_tokens_per_s"] > 0
+    assert on["captured_modules"] == on["replays_per_token"] > 0
+    json.dumps([off, on])
+
+
+def test_gpu_check_says_why_nothing_is_read_directly(device: Device, scratch: Path) -> None:
+    folder = checkpoints.make(checkpoints.SPECS["llama-3b-small"], scratch)
+    row = gpu_check.direct(folder, device)
+    assert row["bytes_per_s"] is None
+    assert "CUDA" in row["why"] or "kvikio" in row["why"]
+
+
+# predictions
+
+
+def test_a_cell_of_the_grid_is_judged_by_the_requests_after_the_first_two(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
+    folder = checkpoints.make(checkpoints.SPECS["olmoe-small"], scratch)
+    cell = {"model": "olmoe-2b", "percent": 60, "batch": 2, "prompt": 8, "new": 4, "device": "cpu"}
+    row = predict.worker(folder, cell)
+    assert len(row["requests"]) == predict.REQUESTS
+    first, *later = row["requests"]
+    assert first["model_decode_s"] is None
+    assert all(r["model_decode_s"] > 0 and r["told_ttft_s"] > 0 and r["decode_s"] > 0 for r in later)
+    row["errors"] = predict.judge(row)
+    want = sorted(r["told_decode_s"] / r["decode_s"] - 1 for r in row["requests"][2:])
+    assert row["errors"]["told_decode"] == pytest.approx(sum(want) / 2)
+    assert row["errors"]["drift"] is None, "nothing much was read"
+    total = predict.summary([row, row])
+    assert total["told_decode"]["p90"] == pytest.approx(abs(row["errors"]["told_decode"]))
+    predict.draw([row], tmp_path / "scatter.svg")
+    assert (tmp_path / "scatter.svg").read_text().count("<circle") == 4 + 4
+
+
+def test_the_grid_is_as_large_as_it_should_be() -> None:
+    cells = predict.cells()
+    assert len(cells) >= 24
+    for key, values in (("batch", {1, 4, 16}), ("device", {"cpu", "emulated"}), ("prompt", {32, 512})):
+        assert {c[key] for c in cells} == values
+    assert {min(c["percent"] for c in cells), max(c["percent"] for c in cells)} == {30, 100}
+
+
+def test_a_plan_by_hand_is_measured_or_refused(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
+    folder = checkpoints.make(checkpoints.SPECS["llama-3b-small"], scratch)
+    cell = {"percent": 50, "batch": 1, "prompt": 8, "new": 3, "device": "cpu"}
+    run = regret.worker(folder, cell, {"lookahead": 1, "resident_layers": 2})
+    assert run["lookahead"] == 1
+    assert run["seconds"] > run["ttft_s"] > 0
+    assert "resident_layers=9" in regret.worker(folder, cell, {"resident_layers": 9})["refused"]
+
+
+def test_tables_of_predictions_and_regret() -> None:
+    errors = dict.fromkeys(("told_decode", "told_ttft", "model_decode", "model_ttft"), 0.031)
+    cell = {"model": "m", "device": "cpu", "percent": 50, "batch": 4, "prompt": 32,
+            "errors": {**errors, "drift": None}, "requests": [{"decode_s": 0.5, "ttft_s": 1.25}]}  # fmt: skip
+    result = {"kind": "predict", "machine": common.machine(), "date": "2026-01-01 00:00 UTC", "link": "2GB",
+              "summary": {k: {"median": 0.012, "p90": 0.15} for k in (*errors, "first_decode")},
+              "cells": [cell]}  # fmt: skip
+    text = tables.render(result)
+    assert "1.2 % / 15.0 %" in text
+    assert "| m, cpu, 50%, batch 4, prompt 32 | 8.00 tokens/s | +3% | +3% | 1.25 s | +3% | +3% | – |" in text
+    rows = [{"set": {}, "runs": [1], "seconds": 2.0}, {"set": {"lookahead": 0}, "runs": [1], "seconds": 2.5},
+            {"set": {"lookahead": 9}, "runs": []}]  # fmt: skip
+    result = {"kind": "regret", "machine": common.machine(), "date": "2026-01-01 00:00 UTC", "rounds": 3,
+              "target": 0.05, "cells": {"a cell": {"rows": rows, "regret": -0.2, "spread": 0.01}}}  # fmt: skip
+    assert "| a cell | 2.00 s | 2.50 s | lookahead=0 | -20.0% | 1.0% |" in tables.render(result)

@@ -85,6 +85,8 @@ def test_help_needs_no_heavy_import() -> None:
         (["generate", "{m}", "--prompt-ids", "5", "--vram", "1GiB", "--device", "cpu"], 2, "--vram"),
         (["generate", "{m}", "--prompt-ids", "5", "--device", "emulated", "--vram", "10KiB"], 1, "smallest that works"),
         (["generate", "{m}", "--prompt-ids", "5", "--link", "fast"], 2, "--link"),
+        (["generate", "{m}", "--prompt-ids", "5", "--device", "cpu", "--graphs"], 2, "--graphs"),
+        (["generate", "{m}", "--prompt-ids", "5", "--device", "emulated", "--vram", "1GiB", "--graphs"], 2, "--graphs"),
         (["profile", "/nowhere/at/all"], 1, "/nowhere/at/all"),
     ],
 )  # fmt: skip
@@ -128,7 +130,10 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture[str], tiny_moe: Path
     assert d["text"] is None
     assert d["ttft_s"] > 0
     assert d["decode_tokens_per_s"] > 0
-    assert d["predicted_decode_tokens_per_s"] is None
+    assert d["predicted_decode_tokens_per_s"] > 0
+    assert d["predicted_ttft_s"] > 0
+    measured, predicted = d["decode_tokens_per_s"], d["predicted_decode_tokens_per_s"]
+    assert d["prediction_error"] == pytest.approx(predicted / measured - 1)
     assert d["bottleneck"] in ("disk", "compute")
     assert d["stall_s"] >= 0
     assert d["bytes_read"] > 0
@@ -148,9 +153,11 @@ def test_same_seed_same_answer(capsys: pytest.CaptureFixture[str], tiny_moe: Pat
     assert tokens("1", "100%") != tokens("2", "100%")
 
 
-def test_ctrl_c_ends_a_run_with_130(wide_dense: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_ctrl_c_ends_a_run_with_130(wide_dense: Path, device: str) -> None:
+    more = ["--device", "emulated", "--vram", "120MiB", "--link", "1GB"] if device == "emulated" else []
     p = spawn("generate", str(wide_dense), "--prompt-ids", ",".join(["5"] * 64), "--max-new-tokens", "4000",
-              "--resident", "30%")  # fmt: skip
+              "--resident", "30%", *more)  # fmt: skip
     deadline = time.monotonic() + 60
     while len(list(Path(f"/proc/{p.pid}/task").iterdir())) <= READERS and time.monotonic() < deadline:
         time.sleep(0.05)  # the readers start once the model is being loaded

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
+import os
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import fake_kvikio
 import pytest
 import torch
 
@@ -18,11 +24,13 @@ from tiers import (
     PAGE,
     Arena,
     Block,
+    Cause,
     CpuDevice,
     CudaDevice,
     Device,
     DirectReader,
     EmulatedDevice,
+    KvikioReader,
     Piece,
     ReadError,
     Residency,
@@ -119,6 +127,99 @@ class TestCuda(DeviceContract):
         device.close()
 
 
+class Cudart:
+    """The runtime calls `CudaDevice` makes: registers at most `limit` bytes, as a locked-memory limit would."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.registered: dict[int, int] = {}
+        self.unregistered: list[int] = []
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        if sum(self.registered.values()) + nbytes > self.limit:
+            return 304  # cudaErrorOperatingSystem
+        self.registered[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.unregistered.append(address)
+        del self.registered[address]
+        return 0
+
+
+class Event:
+    """An event that counts how often it was waited for."""
+
+    waited = 0
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> Cudart:
+    """`torch.cuda` of a machine with a device, as far as `CudaDevice` looks; its memory is the CPU's."""
+    runtime = Cudart(3 * MIB)
+    for name, stand_in in {
+        "is_available": lambda: True, "current_device": lambda: 0, "Stream": lambda device: object(), "Event": Event,
+        "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda device: None,
+        "cudart": lambda: runtime,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return runtime
+
+
+def cuda_device() -> CudaDevice:
+    device = CudaDevice()
+    assert device.torch_device == torch.device("cuda", 0)
+    device.torch_device = torch.device("cpu")  # where the stand-in's memory is
+    return device
+
+
+def test_refused_pinning_is_told_once_and_transfers_still_work(cudart: Cudart) -> None:
+    device = cuda_device()
+    locked, refused, more = Arena(2 * MIB), Arena(2 * MIB), Arena(4 * MIB)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert device.pin(locked)
+    with pytest.warns(RuntimeWarning) as told:
+        assert [device.pin(refused), device.pin(more)] == [False, False]
+    (message,) = [str(w.message) for w in told]
+    assert str(2 * MIB) in message
+    assert "slower" in message
+    assert "ulimit -l" in message
+    assert "limits.conf" in message
+    src, dst = refused.allocate(2 * MIB), Arena(2 * MIB).allocate(2 * MIB)
+    src.tensor.copy_(torch.randint(0, 256, (2 * MIB,), dtype=torch.uint8))
+    before = Event.waited
+    device.copy(src, dst, PAGE, MIB)
+    assert torch.equal(dst.tensor[PAGE:MIB], src.tensor[PAGE:MIB])
+    assert not dst.tensor[MIB:].any()
+    assert Event.waited == before + 1, "a copy returns when its bytes are there"
+    device.close()
+    assert cudart.unregistered == [locked.tensor.data_ptr()], "only what was registered"
+    device.close()
+    assert len(cudart.unregistered) == 1
+
+
+def test_a_refusal_leaves_no_error_behind(cudart: Cudart, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA runtime hands the error of a refused call to whichever launch comes next."""
+    device = cuda_device()
+    launched = []
+
+    def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        launched.append(args)
+        raise RuntimeError("CUDA error: OS call failed or operation not supported on this OS")
+
+    monkeypatch.setattr(torch, "zeros", failing)
+    with pytest.warns(RuntimeWarning):
+        assert not device.pin(Arena(4 * MIB))
+    assert len(launched) == 1
+
+
 def test_a_cpu_has_no_link() -> None:
     device = CpuDevice()
     assert not device.own_memory
@@ -184,6 +285,13 @@ class Stack:
         self.reader.close()
 
 
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end, f"never happened: {what}"
+        time.sleep(0.001)
+
+
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
     path = tmp_path / "data.bin"
@@ -206,9 +314,7 @@ def test_the_first_part_goes_up_while_the_rest_is_being_read(stack: Stack) -> No
     lease = stack.top.request("b0")
     assert lease is not None
     stack.reader.let.release(5)  # five of the six reads: enough for the first chunk of four
-    until = time.monotonic() + 5
-    while not sum(stack.up.bytes_read.values()) and time.monotonic() < until:
-        time.sleep(0.005)
+    until(lambda: sum(stack.up.bytes_read.values()) > 0, "the first chunk goes up")
     assert sum(stack.up.bytes_read.values()) == 4 * MIB
     assert not lease.ready
     stack.open()
@@ -254,16 +360,128 @@ def test_a_cancelled_fetch_gives_everything_back(stack: Stack) -> None:
 def test_a_demand_overtakes_a_prefetch_on_both_links(stack: Stack) -> None:
     assert stack.top.prefetch("b0")
     assert stack.top.prefetch("b1")
+    below = [stack.host._entries[key] for key in ("b0", "b1")]
+    until(lambda: all(e.leases for e in below), "both are fetched ahead below")
+    assert [e.ticket.cause for e in below if e.ticket] == [Cause.PREFETCH] * 2
     lease = stack.top.request("b1")
     assert lease is not None
+    until(lambda: [e.ticket.cause for e in below if e.ticket] == [Cause.PREFETCH, Cause.DEMAND], "the demand goes down")
     stack.open()
     lease.wait()
-    slices = {(lane, name): stop for lane, name, _, stop, _ in stack.trace.slices}
     with stack.top.acquire("b0"):
         pass
     slices = {(lane, name): stop for lane, name, _, stop, _ in stack.trace.slices}
     assert slices["link", "b1"] < slices["link", "b0"]
     lease.release()
+
+
+class Invert:
+    """A codec: needs the host."""
+
+    stored_itemsize = compute_itemsize = 1
+
+    def decode(self, stored: memoryview, compute: memoryview) -> None:
+        compute[:] = bytes(255 - b for b in stored)
+
+
+class DirectStack(Stack):
+    """Of six blocks, b0 to b3 have no place on the host, b4 is cached there, b5 must be decoded."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with pytest.MonkeyPatch.context() as m:
+            fake_kvikio.install(m)
+            self.gds = KvikioReader([path])
+        self.up.close()
+        link = UpLink(self.host, self.device, self.gds)
+        self.up = TransferQueue(link, 2, self.trace, self.disk.meter)
+        self.top = Residency(self.device.arena(3 * self.BLOCK), self.up, self.device)
+        self.top.add_pool("all", self.BLOCK, 3, LRU())
+        for i in range(6):
+            codec = Invert() if i == 5 else None
+            segment = Segment(0, i * self.BLOCK, self.BLOCK, 0, codec, codec is None)
+            self.top.add(Block(f"b{i}", self.BLOCK, self.BLOCK, (segment,)), "all")
+        for i in range(4):
+            del self.host._entries[f"b{i}"]
+        self.host._entries["b5"].block = self.top._entries["b5"].block
+
+    def image(self, i: int) -> bytes:
+        image = super().image(i)
+        return bytes(255 - b for b in image) if i == 5 else image
+
+    def close(self) -> None:
+        super().close()
+        self.gds.close()
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> Iterator[DirectStack]:
+    path = tmp_path / "data.bin"
+    path.write_bytes(torch.randint(0, 256, (6 * Stack.BLOCK,), dtype=torch.uint8).numpy().tobytes())
+    s = DirectStack(path)
+    yield s
+    s.close()
+
+
+def test_blocks_without_a_place_below_are_read_past_it(direct: DirectStack) -> None:
+    # the host's reader lets nothing through: whoever asked it would wait for ever
+    for i in (0, 1, 2, 3):
+        with direct.top.acquire(f"b{i}") as lease:
+            assert lease.slot.tensor.numpy().tobytes() == direct.image(i)
+        direct.check()
+    assert all(e.slot is None for e in direct.host._entries.values()), "nothing was leased below"
+    size = 4 * Stack.BLOCK
+    assert sum(direct.disk.bytes_read.values()) == size, "they are the disk's bytes"
+    assert sum(direct.up.bytes_read.values()) == 0, "and not the link's"
+    assert direct.disk.busy_s > 0
+    assert direct.up.busy_s == 0
+    assert {lane for lane, name, *_ in direct.trace.slices if name in ("b0", "b1", "b2", "b3")} == {"disk"}
+
+
+@pytest.mark.parametrize("i", [4, 5], ids=["cached below", "with a codec"])
+def test_other_blocks_come_by_way_of_the_host(direct: DirectStack, i: int) -> None:
+    direct.open()
+    with direct.top.acquire(f"b{i}") as lease:
+        assert lease.slot.tensor.numpy().tobytes() == direct.image(i)
+    assert direct.host._entries[f"b{i}"].slot is not None
+    assert sum(direct.up.bytes_read.values()) == Stack.BLOCK
+    assert sum(direct.disk.bytes_read.values()) >= Stack.BLOCK
+    direct.check()
+
+
+def test_a_block_with_a_codec_and_no_place_below_is_a_bug_that_is_told(direct: DirectStack) -> None:
+    del direct.host._entries["b5"]
+    with pytest.raises(ReadError, match="b5"):
+        direct.top.acquire("b5")
+
+
+def test_a_failing_direct_read_reaches_the_top_and_the_next_one_works(
+    direct: DirectStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+
+    def failing(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset >= 4 * MIB:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "preadv", failing)
+        with pytest.raises(ReadError, match=r"data\.bin at byte .* Input/output error"):
+            direct.top.acquire("b0")
+        direct.check()
+    with direct.top.acquire("b0") as lease:
+        assert lease.slot.tensor.numpy().tobytes() == direct.image(0)
+    direct.check()
+
+
+def test_a_changed_file_is_not_read_directly(direct: DirectStack, tmp_path: Path) -> None:
+    direct.top.acquire("b0").release()
+    (tmp_path / "new.bin").write_bytes(direct.data)
+    (tmp_path / "new.bin").rename(tmp_path / "data.bin")
+    with pytest.raises(ReadError, match=r"data\.bin was replaced"):
+        direct.top.acquire("b1")
+    direct.check()
 
 
 class CountingFence:

@@ -13,6 +13,11 @@ import torch
 from families import FAMILIES, VOCAB, build, save
 
 import offload
+from offload import hardware
+from offload.hardware import Profile
+from offload.launches import counted
+from offload.stats import StepStats
+from tiers import gds, probe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +48,66 @@ def test_tokens_equal_the_resident_model(family: str, room: str, tmp_path: Path)
         assert result.token_ids[0] == tokens[: len(result.token_ids[0])]
         if room != "everything":
             assert result.stats.total.bytes_up > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3_moe"])
+def test_tokens_are_the_same_with_graphs_and_launches_fewer(family: str, tmp_path: Path) -> None:
+    save(build(family), tmp_path)
+    prompt = [list(range(5, 26))]
+    tokens, launches = {}, {}
+    for graphs in (False, True):
+        with offload.load(tmp_path, device="cuda", context=128, graphs=graphs) as model:
+            model.run(prompt, max_new_tokens=NEW)
+            result = model.run(prompt, max_new_tokens=NEW)
+            tokens[graphs] = result.token_ids
+            assert result.notes == []
+            model.engine.count_launches = True
+            model.run(prompt, max_new_tokens=NEW)
+            decode = model.stats.decode
+            assert decode.counted == NEW - 1
+            launches[graphs] = decode.launches
+            if graphs:
+                assert model.engine.captures is not None
+                assert model.engine.captures.modules
+                assert model.engine.captures.replays > 0
+    assert tokens[True] == tokens[False]
+    assert 0 < launches[True] < launches[False]
+
+
+def test_launches_and_waits_of_the_computing_thread_are_counted() -> None:
+    stats = StepStats()
+    x = torch.ones(64, 64, device="cuda")
+    with counted(stats):
+        for _ in range(5):
+            x = x * 2
+        torch.cuda.synchronize()
+    assert stats.counted == 1
+    assert stats.launches == 5
+    assert stats.syncs >= 1, "the profiler may add one at its end"
+
+
+@pytest.mark.skipif(gds.unusable() is not None, reason=f"reading into device memory: {gds.unusable()}")
+def test_files_are_read_straight_into_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = save(build("llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=8), tmp_path).cuda()
+    ids = torch.randint(4, VOCAB, (1, 21), generator=torch.Generator().manual_seed(3))
+    tokens = oracle.generate(ids.cuda(), max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
+    speeds = probe.DiskReading(1 << 20, 8, True, 1.0, 1.0)
+    products = (probe.ComputeReading("cuda", "bfloat16", 1, 1e12, 1e12, 1e-6),)
+    faster = Profile({}, "cuda", 0.0, (speeds,), 1.0, probe.LinkReading(1.0, 1.0, 1.0), products, 1e-4,
+                     1e11, 1e12, 1e-12, 1e-5, 1e-3, direct_bytes_per_s=2.0)  # fmt: skip
+    monkeypatch.setattr(hardware, "kept", lambda folder, device: faster)
+    with pytest.raises(offload.BudgetError, match="--vram") as refusal:
+        offload.load(tmp_path, device="cuda", vram=1, context=128)
+    least = refusal.value.smallest
+    assert least is not None
+    with pytest.raises(offload.BudgetError, match="--resident") as refusal:
+        offload.load(tmp_path, device="cuda", vram=least, resident="1B", context=128)
+    with offload.load(tmp_path, device="cuda", vram=least, resident=refusal.value.smallest, context=128) as model:
+        result = model.run([ids[0].tolist()], max_new_tokens=NEW)
+        assert result.notes == []
+        assert result.token_ids[0] == tokens[: len(result.token_ids[0])]
+        assert result.stats.decode.bytes_up == 0
+        assert result.stats.decode.bytes_read > 0
 
 
 def test_device_memory_stays_inside_the_budget(tmp_path: Path) -> None:

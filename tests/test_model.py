@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from transformers import PreTrainedModel
 
 import offload
 from offload.model import Conversation
+from tiers import EmulatedDevice
 
 TEMPLATE = "{% for m in messages %}{{ 'w4 ' if m.role == 'user' else 'w5 ' }}{{ m.content }} {% endfor %}w5"
 
@@ -89,6 +93,78 @@ def test_interruption_ends_at_the_next_layer_and_leaves_the_model_usable(folder:
         assert time.perf_counter() - began < 2.3
         model.engine.interrupt.clear()
         assert model.generate("w10 w11 w12", max_new_tokens=8) == words(oracle, "w10 w11 w12", 8)
+
+
+def tight(model: str, device: str, **more: Any) -> dict[str, Any]:
+    """Options with as little as works: nearly every block comes from disk for each token."""
+    options: dict[str, Any] = {"model": model, "context": 128, "device": device, **more}
+    for flag in ("vram", "resident") if device == "emulated" else ("resident",):
+        with pytest.raises(offload.BudgetError, match=f"--{flag}") as refusal:
+            offload.load(**options, **{flag: 1})
+        options[flag] = refusal.value.smallest
+    return options
+
+
+@pytest.mark.parametrize("name", ["demo-dense", "demo-moe"])
+@pytest.mark.parametrize(("device", "broken"), [("cpu", "disk"), ("emulated", "disk"), ("emulated", "link")])
+def test_a_fault_in_the_middle_of_an_answer(
+    monkeypatch: pytest.MonkeyPatch, name: str, device: str, broken: str
+) -> None:
+    """The answer ends with an error that says what happened; the next one is as if nothing had."""
+    preadv = os.preadv
+    heard: list[str] = []
+    with offload.load(**tight(name, device)) as model:
+        copy = model.engine.device.copy
+
+        def failing_read(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            if len(heard) >= 3:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return preadv(fd, buffers, offset)
+
+        def failing_copy(*args: Any) -> None:
+            if len(heard) >= 3:
+                raise RuntimeError("injected: the device is lost")
+            copy(*args)
+
+        want = model.generate("Mara is", max_new_tokens=12)
+        with monkeypatch.context() as m:
+            if broken == "disk":
+                m.setattr(os, "preadv", failing_read)
+                says = r"model\.safetensors at byte \d+ failed: Input/output error"
+            else:
+                m.setattr(model.engine.device, "copy", failing_copy)
+                says = "injected: the device is lost"
+            for _ in range(2):  # at once the second time: what was on its way has failed as well
+                with pytest.raises(offload.OffloadError, match=says):
+                    model.run(["Mara is"], max_new_tokens=12, on_text=heard.append)
+        assert len(heard) >= 3
+        assert str(want).startswith("".join(heard[:3])), "the answer had begun"
+        assert model.generate("Mara is", max_new_tokens=12) == want
+
+
+def test_interruption_while_a_slow_link_carries_the_weights() -> None:
+    with offload.load(**tight("demo-dense", "emulated", link="4MB")) as model:
+        link = model.engine.device
+        assert isinstance(link, EmulatedDevice)
+        asked: list[float] = []
+
+        def interrupt() -> None:
+            asked.append(time.perf_counter())
+            model.engine.interrupt.set()
+
+        timer = threading.Timer(0.5, interrupt)
+        timer.start()
+        with pytest.raises(offload.Interrupted):
+            model.generate("Mara is", max_new_tokens=100)
+        assert time.perf_counter() - asked[0] < 2
+        timer.join()
+        for tier in (model.engine._memory.compute, model.engine._memory.host):
+            assert not any(e.leases for e in tier._entries.values())
+            assert all(e.ticket is None or e.ticket.done for e in tier._entries.values()), "nothing goes on in vain"
+        model.engine.interrupt.clear()
+        link.bytes_per_s = 1e9
+        with offload.load("demo-dense", context=128) as fresh:
+            assert model.generate("Mara is", max_new_tokens=12) == fresh.generate("Mara is", max_new_tokens=12)
 
 
 def test_nothing_is_left_behind(folder: Path) -> None:

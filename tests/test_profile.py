@@ -66,7 +66,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
         calls.append(1)
         reading = probe.DiskReading(1 << 20, 8, True, 1e9, 1e-3)
         return Profile(dict(probe.machine()), "cpu", time.time(), (reading,), 2e10, None,
-                       (probe.ComputeReading("cpu", "float32", 1, 1e9, 2e9),), 1e-4)  # fmt: skip
+                       (probe.ComputeReading("cpu", "float32", 1, 1e9, 2e9, 1e-6),), 1e-4)  # fmt: skip
 
     monkeypatch.setattr(profile_module, "measure", quick)
     return calls

@@ -10,9 +10,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import fake_kvikio
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -27,6 +28,7 @@ from tiers import (
     Cause,
     Codec,
     DirectReader,
+    KvikioReader,
     ReadError,
     Segment,
     Slot,
@@ -108,7 +110,7 @@ def expected(segments: Sequence[Segment], slot: Slot) -> bytes:
 
 
 def read_all(reader: BlockReader, segments: Sequence[Segment], slot: Slot) -> int:
-    """Every piece, in this thread; returns the bytes that crossed the link."""
+    """Every piece, in this thread; returns the bytes that crossed the link. All readers here ask for `CHUNK`."""
     moved = 0
     for segment in segments:
         pieces = reader.split(segment, slot)
@@ -161,6 +163,9 @@ def segment_lists(draw: st.DrawFn) -> list[Segment]:
 class BlockReaderContract:
     """What every `BlockReader` must do. Subclasses say how one is made."""
 
+    decodes = True  # whether segments with a codec can be read
+    descriptors = 1  # of one open file
+
     def make(self, paths: Sequence[Path]) -> BlockReader:
         raise NotImplementedError
 
@@ -185,6 +190,8 @@ class BlockReaderContract:
     @settings(max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.differing_executors])
     @given(segments=segment_lists())
     def test_random_segments(self, data_file: Path, segments: list[Segment]) -> None:
+        if not self.decodes:
+            segments = [replace(s, codec=None) for s in segments]
         reader = self.make([data_file])
         try:
             slot = slot_of(max(page_up(s.dst + 2 * s.nbytes) for s in segments) + PAGE)
@@ -221,26 +228,6 @@ class BlockReaderContract:
         ticket = fetch(reader, [Segment(0, 100, 0, 0)], slot)
         assert (ticket.nbytes, bytes(slot.view)) == (0, bytes([FILL] * PAGE))
 
-    @pytest.mark.parametrize(
-        ("stored", "compute"),
-        [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float16)],
-    )
-    @pytest.mark.parametrize("offset", [0, 3, 2 * PAGE - 7])
-    def test_cast_codec(self, tmp_path: Path, stored: torch.dtype, compute: torch.dtype, offset: int) -> None:
-        n = CHUNK // stored.itemsize + 1001  # cut between requests
-        values = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(stored)
-        path = tmp_path / "cast.bin"
-        path.write_bytes(bytes(offset) + bytes(values.view(torch.uint8).numpy()))
-        reader = self.make([path])
-        try:
-            slot = slot_of(n * compute.itemsize + 64)
-            read_all(reader, [Segment(0, offset, n * stored.itemsize, 64, CastCodec(stored, compute))], slot)
-            got = slot.tensor[64 : 64 + n * compute.itemsize].view(compute)
-            assert torch.equal(got, values.to(compute))
-            assert bytes(slot.view[:64]) == bytes([FILL] * 64)
-        finally:
-            reader.close()
-
     def test_several_files(self, tmp_path: Path) -> None:
         paths = [tmp_path / f"{i}.bin" for i in range(3)]
         for i, p in enumerate(paths):
@@ -256,7 +243,8 @@ class BlockReaderContract:
             reader.close()
 
     def test_many_threads_at_once(self, reader: BlockReader) -> None:
-        segments = [place(i * 1500 + 1, 900, i * 2000, False, Invert() if i % 7 == 0 else None) for i in range(600)]
+        codecs = [Invert() if i % 7 == 0 and self.decodes else None for i in range(600)]
+        segments = [place(i * 1500 + 1, 900, i * 2000, False, codec) for i, codec in enumerate(codecs)]
         slot = slot_of(600 * 2000 + PAGE)
         queue = TransferQueue(reader, 8)
         try:
@@ -391,7 +379,7 @@ class BlockReaderContract:
         before = open_files(data_file)
         reader = self.make([data_file])
         pieces = reader.split(place(0, PAGE, 0, False), slot_of(PAGE))
-        assert open_files(data_file) == before + 1
+        assert open_files(data_file) == before + self.descriptors
         reader.close()
         reader.close()
         assert open_files(data_file) == before
@@ -410,14 +398,38 @@ def open_files(path: Path) -> int:
     return n
 
 
-class TestDirect(BlockReaderContract):
+class DecodingReaderContract(BlockReaderContract):
+    """What every reader into host memory must do besides."""
+
+    @pytest.mark.parametrize(
+        ("stored", "compute"),
+        [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float16)],
+    )
+    @pytest.mark.parametrize("offset", [0, 3, 2 * PAGE - 7])
+    def test_cast_codec(self, tmp_path: Path, stored: torch.dtype, compute: torch.dtype, offset: int) -> None:
+        n = CHUNK // stored.itemsize + 1001  # cut between requests
+        values = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(stored)
+        path = tmp_path / "cast.bin"
+        path.write_bytes(bytes(offset) + bytes(values.view(torch.uint8).numpy()))
+        reader = self.make([path])
+        try:
+            slot = slot_of(n * compute.itemsize + 64)
+            read_all(reader, [Segment(0, offset, n * stored.itemsize, 64, CastCodec(stored, compute))], slot)
+            got = slot.tensor[64 : 64 + n * compute.itemsize].view(compute)
+            assert torch.equal(got, values.to(compute))
+            assert bytes(slot.view[:64]) == bytes([FILL] * 64)
+        finally:
+            reader.close()
+
+
+class TestDirect(DecodingReaderContract):
     """Past the page cache, where the file system allows it."""
 
     def make(self, paths: Sequence[Path]) -> DirectReader:
         return DirectReader(paths)
 
 
-class TestBuffered(BlockReaderContract):
+class TestBuffered(DecodingReaderContract):
     """Through the page cache."""
 
     def make(self, paths: Sequence[Path]) -> DirectReader:
@@ -428,6 +440,63 @@ class TestBuffered(BlockReaderContract):
         assert reader.buffered
         assert not any(is_direct(f.fd) for f in reader._files)
         reader.close()
+
+
+def kvikio_reader(paths: Sequence[Path], chunk: int = CHUNK) -> KvikioReader:
+    """A reader over the stand-in for kvikio."""
+    with pytest.MonkeyPatch.context() as m:
+        fake_kvikio.install(m)
+        return KvikioReader(paths, chunk)
+
+
+class TestKvikio(BlockReaderContract):
+    """Straight into "device" memory, with a stand-in for kvikio that reads into tensors on the CPU."""
+
+    decodes = False
+    descriptors = 2  # one is ours, to know the file by
+
+    def make(self, paths: Sequence[Path]) -> KvikioReader:
+        return kvikio_reader(paths)
+
+    def test_a_codec_needs_the_host(self, data_file: Path) -> None:
+        reader = self.make([data_file])
+        with pytest.raises(ValueError, match="decoded"):
+            reader.split(place(0, 100, 0, False, Invert()), slot_of(PAGE))
+        reader.close()
+
+    def test_requests_are_cut_into_tasks(self, data_file: Path) -> None:
+        fake_kvikio.calls.clear()
+        reader = kvikio_reader([data_file], 4 * CHUNK)
+        slot = slot_of(SIZE)
+        segment = place(0, SIZE, 0, True)
+        (piece,) = reader.split(segment, slot)
+        assert reader.read(piece, slot) == page_up(SIZE)
+        assert bytes(slot.view) == expected([segment], slot)
+        assert fake_kvikio.calls == [(SIZE, 0, CHUNK)]
+        assert fake_kvikio.settings["num_threads"] >= 4
+        assert fake_kvikio.settings["bounce_buffer_size"] <= CHUNK, "host memory for each of its threads"
+        reader.close()
+
+    @pytest.mark.parametrize("short", [0, 1, PAGE])
+    def test_a_short_read_is_a_file_that_ends(
+        self, data_file: Path, monkeypatch: pytest.MonkeyPatch, short: int
+    ) -> None:
+        reader = self.make([data_file])
+        monkeypatch.setattr(fake_kvikio.Future, "get", lambda future: short)
+        slot = slot_of(4 * PAGE)
+        with pytest.raises(ReadError, match=rf"data\.bin ends at byte {PAGE + short} where {3 * PAGE} are needed"):
+            reader.read(reader.split(place(PAGE, 2 * PAGE, 0, True), slot)[0], slot)
+        reader.close()
+
+    def test_a_file_kvikio_cannot_open_is_named(self, data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refusing(path: Path, flags: str) -> None:
+            raise RuntimeError("cuFile driver:\n not today")
+
+        monkeypatch.setattr(fake_kvikio, "CuFile", refusing)
+        with pytest.raises(ReadError, match=r"data\.bin.*device memory.*not today") as e:
+            self.make([data_file])
+        assert "\n" not in str(e.value)
+        assert open_files(data_file) == 0
 
 
 class RefusedAtOpen(DirectReader):
@@ -445,7 +514,7 @@ class RefusedAtOpen(DirectReader):
         assert self.buffered or not paths
 
 
-class TestRefusedAtOpen(BlockReaderContract):
+class TestRefusedAtOpen(DecodingReaderContract):
     """A file system that knows nothing of O_DIRECT."""
 
     def make(self, paths: Sequence[Path]) -> DirectReader:

@@ -201,7 +201,7 @@ class World:
             ticket = entry.ticket
             if ticket is not None:
                 until(lambda t=ticket: t.done, f"the ticket of {entry.block.key}")  # type: ignore[misc]
-        until(lambda: self.queue._in_flight == 0, "the queue is idle")
+        until(lambda: self.queue.meter._in_flight == 0, "the queue is idle")
 
     def check(self, leases: Counter[str]) -> None:
         """Every invariant there is. `leases`: how many leases are out, by block."""

@@ -15,16 +15,18 @@ from tiers.errors import (
     ReadError,
     UsageError,
 )
+from tiers.gds import KvikioReader
 from tiers.policy import LFU, LRU, EvictionPolicy, NextUse
-from tiers.queue import Cause, Ticket, TransferQueue
+from tiers.queue import Cause, Meter, Ticket, TransferQueue
 from tiers.reader import CHUNK, BlockReader, DirectReader, Piece
 from tiers.residency import Counters, Lease, Residency
 from tiers.trace import Trace
-from tiers.uplink import UpLink
+from tiers.uplink import COPIES, UpLink, readable_directly
 
 __all__ = [
-    "CHUNK", "LFU", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause", "CheckpointError", "Codec",
-    "Counters", "CpuDevice", "CudaDevice", "Device", "DirectReader", "EmulatedDevice", "EvictionPolicy",
-    "Interrupted", "Lease", "ModelError", "NextUse", "OffloadError", "Piece", "Pool", "ReadError", "Residency",
-    "Segment", "Slot", "Ticket", "Trace", "TransferQueue", "UpLink", "UsageError", "page_down", "page_up",
+    "CHUNK", "COPIES", "LFU", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause",
+    "CheckpointError", "Codec", "Counters", "CpuDevice", "CudaDevice", "Device", "DirectReader", "EmulatedDevice",
+    "EvictionPolicy", "Interrupted", "KvikioReader", "Lease", "Meter", "ModelError", "NextUse", "OffloadError",
+    "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "Ticket", "Trace", "TransferQueue", "UpLink",
+    "UsageError", "page_down", "page_up", "readable_directly",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ Not covered: which block goes where and when (`tiers.residency`, `tiers.queue`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -151,6 +152,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._stream = torch.cuda.Stream(self.torch_device)
         self._pinned: list[Arena] = []
+        self._warned = False
 
     def memory(self) -> tuple[int, int]:
         """(bytes the context and libraries take, bytes free to us including those)."""
@@ -167,7 +169,12 @@ class CudaDevice:
         """Register the arena's pages with the driver."""
         error = int(torch.cuda.cudart().cudaHostRegister(arena.tensor.data_ptr(), arena.nbytes, 0))
         if error != 0:
-            warnings.warn(PINNING_HINT.format(n=arena.nbytes), RuntimeWarning, stacklevel=2)
+            with contextlib.suppress(RuntimeError):
+                # the refusal stays behind as the runtime's last error, which the next launch reports: take it out
+                torch.zeros(1, device=self.torch_device).add_(1)
+            if not self._warned:
+                warnings.warn(PINNING_HINT.format(n=arena.nbytes), RuntimeWarning, stacklevel=2)
+            self._warned = True
             return False
         self._pinned.append(arena)
         return True

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 
+from tiers import gds
 from tiers.arena import Arena, Slot
 from tiers.block import Segment, page_up
 from tiers.device import Device
-from tiers.reader import DirectReader
+from tiers.reader import BlockReader, DirectReader
+from tiers.uplink import COPIES
 
 REQUESTS = (4 << 10, 128 << 10, 1 << 20)
 DEPTHS = (1, 4, 8)
@@ -78,13 +80,36 @@ def disk(path: Path, seconds: float = 0.25, cases: Sequence[tuple[int, int, bool
     if cases is None:
         cases = [(request, depth, request >= 1 << 20) for request in REQUESTS for depth in DEPTHS]
         cases = [*cases, (1 << 20, max(DEPTHS), False)]
-    return [_disk(path, size, request, depth, sequential, seconds) for request, depth, sequential in cases]
-
-
-def _disk(path: Path, size: int, request: int, depth: int, sequential: bool, seconds: float) -> DiskReading:
     reader = DirectReader([path])
+    try:
+        return [_disk(reader, Arena(_BUFFERS), size, *case, seconds) for case in cases]
+    finally:
+        reader.close()
+
+
+def direct(path: Path, device: Device, seconds: float = 0.25) -> float | None:
+    """Bytes per second of the file at `path` read in sequence straight into device memory, as blocks are in use.
+
+    None where that cannot be done (`gds.unusable` says why) and for files under 8 MiB. Raises `ReadError`.
+    """
+    size = path.stat().st_size
+    if device.kind != "cuda" or gds.unusable() is not None or size < 8 << 20:
+        return None
+    reader = gds.KvikioReader([path])
+    try:
+        arena = device.arena(_BUFFERS)
+        for lasting in (0.02, seconds):  # the first reads pay for opening the driver
+            arena.reset()
+            reading = _disk(reader, arena, size, gds.DIRECT_CHUNK, COPIES, True, lasting)
+        return reading.bytes_per_s
+    finally:
+        reader.close()
+
+
+def _disk(
+    reader: BlockReader, arena: Arena, size: int, request: int, depth: int, sequential: bool, seconds: float
+) -> DiskReading:
     # large pages, touched before: what blocks are read into in use; small ones cost a virtual disk two thirds
-    arena = Arena(_BUFFERS)
     arena.tensor[: depth * page_up(request)].zero_()
     slots = [arena.allocate(request) for _ in range(depth)]
     count = size // request
@@ -92,13 +117,20 @@ def _disk(path: Path, size: int, request: int, depth: int, sequential: bool, sec
     lock = threading.Lock()
     issued, moved = 0, 0
     latencies: list[float] = []
+    errors: list[BaseException] = []
     until = time.perf_counter() + seconds
 
     def work(slot_number: int) -> None:
+        try:
+            read(slot_number)
+        except BaseException as e:
+            errors.append(e)
+
+    def read(slot_number: int) -> None:
         nonlocal issued, moved
         slot = slots[slot_number]
         rng = random.Random(slot_number)
-        while (now := time.perf_counter()) < until:
+        while (now := time.perf_counter()) < until or not latencies:  # however late this thread starts
             with lock:
                 at, issued = issued, issued + 1
             offset = ((start + at) % count if sequential else rng.randrange(count)) * request
@@ -117,7 +149,8 @@ def _disk(path: Path, size: int, request: int, depth: int, sequential: bool, sec
     for t in threads:
         t.join()
     took = time.perf_counter() - began
-    reader.close()
+    if errors:
+        raise errors[0]
     return DiskReading(request, depth, sequential, moved / took, statistics.median(latencies))
 
 

@@ -34,8 +34,8 @@ class Ticket:
     """A transfer under way. `wait` returns once every byte is in the slot, or raises what went wrong."""
 
     __slots__ = (
-        "_done", "_pieces", "_running", "block", "cancelled", "cause", "deadline", "error", "finished", "key",
-        "lease", "nbytes", "slot", "started",
+        "_done", "_pieces", "_running", "block", "cancelled", "cause", "deadline", "direct", "error", "finished",
+        "key", "lease", "nbytes", "slot", "started",
     )  # fmt: skip
 
     def __init__(self, key: str, block: Block | None, slot: Slot, cause: Cause, deadline: float) -> None:
@@ -48,6 +48,7 @@ class Ticket:
         self.cancelled = False
         self.nbytes = 0  # bytes that crossed the link so far
         self.lease: Any = None  # what an upward link holds in the tier below
+        self.direct = False  # read from files straight into the slot, past the tier below
         self.started = self.finished = 0.0
         self._pieces: deque[Piece] = deque()
         self._running: list[Piece] = []
@@ -97,6 +98,42 @@ class Link(Protocol):
         ...
 
 
+class Meter:
+    """What one link carried: bytes by cause, and wall time with at least one request in flight. Thread-safe.
+
+    `name` is the link's lane in a timeline.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bytes = dict.fromkeys(Cause, 0)
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._since = 0.0
+        self._busy_s = 0.0
+
+    def begin(self) -> None:
+        """A request goes out."""
+        with self._lock:
+            if self._in_flight == 0:
+                self._since = time.perf_counter()
+            self._in_flight += 1
+
+    def end(self, cause: Cause, nbytes: int) -> None:
+        """A request has ended, and so many bytes came."""
+        with self._lock:
+            self.bytes[cause] += nbytes
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._busy_s += time.perf_counter() - self._since
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds so far."""
+        with self._lock:
+            return self._busy_s + (time.perf_counter() - self._since if self._in_flight else 0.0)
+
+
 class DiskLink:
     """From files to host slots."""
 
@@ -121,24 +158,33 @@ class DiskLink:
     def finish(self, ticket: Ticket, whole: bool) -> None:
         """Bytes of a changed file never reach a model."""
         if whole and ticket.block is not None:
-            for file in sorted({s.file for s in ticket.block.segments}):
-                self._reader.verify(file)
+            verify_files(self._reader, ticket.block)
+
+
+def verify_files(reader: BlockReader, block: Block) -> None:
+    """Raise `ReadError` if a file the block lies in is not the one that was opened."""
+    for file in sorted({s.file for s in block.segments}):
+        reader.verify(file)
 
 
 class TransferQueue:
-    """`depth` threads moving pieces over one link; so many are in flight at once."""
+    """`depth` threads moving pieces over one link; so many are in flight at once.
 
-    def __init__(self, link: Link | BlockReader, depth: int = 8, trace: Trace | None = None) -> None:
+    `direct` is the meter that counts tickets whose bytes come straight from files (the disk's); by default they are
+    counted like all others.
+    """
+
+    def __init__(
+        self, link: Link | BlockReader, depth: int = 8, trace: Trace | None = None, direct: Meter | None = None
+    ) -> None:
         self._link: Link = link if hasattr(link, "cut") else DiskLink(link)  # type: ignore[assignment]
         self._trace = trace
+        self.meter = Meter(self._link.name)
+        self._direct = direct or self.meter
         self._heap: list[tuple[int, float, int, Ticket]] = []
         self._order = itertools.count()
         self._cond = threading.Condition()
         self._closed = False
-        self._in_flight = 0
-        self._busy_since = 0.0
-        self._busy_s = 0.0
-        self.bytes_read = dict.fromkeys(Cause, 0)
         self._threads = [
             threading.Thread(target=self._work, name=f"offload-read-{self._link.name}-{i}", daemon=True)
             for i in range(depth)
@@ -149,8 +195,12 @@ class TransferQueue:
     @property
     def busy_s(self) -> float:
         """Wall time so far with at least one request in flight, in seconds."""
-        with self._cond:
-            return self._busy_s + (time.perf_counter() - self._busy_since if self._in_flight else 0.0)
+        return self.meter.busy_s
+
+    @property
+    def bytes_read(self) -> dict[Cause, int]:
+        """Bytes that crossed the link so far, by cause."""
+        return self.meter.bytes
 
     def submit(self, key: str, segments: Sequence[Segment], slot: Slot, cause: Cause, deadline: float = 0.0) -> Ticket:
         """Start moving `segments` into `slot`. Among equals the smaller `deadline` goes first."""
@@ -229,7 +279,7 @@ class TransferQueue:
             try:
                 if self._link.ready(ticket, ticket._pieces[0]):
                     return ticket, ticket._pieces.popleft()
-            except Exception as e:
+            except BaseException as e:
                 ticket.error = _as_error(ticket, e)
                 ticket._pieces.clear()
                 if not ticket._running:
@@ -239,12 +289,15 @@ class TransferQueue:
     def _finish(self, ticket: Ticket, whole: bool) -> None:
         try:
             self._link.finish(ticket, whole)
-        except Exception as e:  # whatever it is, the ticket ends
+        except BaseException as e:  # whatever it is, the ticket ends
             ticket.error = ticket.error or _as_error(ticket, e)
         ticket.finished = time.perf_counter()
         if self._trace is not None and ticket.started:
-            self._trace.transfer(self._link.name, ticket)
+            self._trace.transfer(self._meter(ticket).name, ticket)
         ticket._done.set()
+
+    def _meter(self, ticket: Ticket) -> Meter:
+        return self._direct if ticket.direct else self.meter
 
     def _work(self) -> None:
         while True:
@@ -254,13 +307,10 @@ class TransferQueue:
                         return
                     self._cond.wait(self._link.poll_s if self._heap else None)
                 ticket, piece = job
-                now = time.perf_counter()
                 if not ticket.started:
-                    ticket.started = now
+                    ticket.started = time.perf_counter()
                 ticket._running.append(piece)
-                if self._in_flight == 0:
-                    self._busy_since = now
-                self._in_flight += 1
+                self._meter(ticket).begin()
             error: OffloadError | None = None
             moved = 0
             try:
@@ -269,15 +319,12 @@ class TransferQueue:
                     fence.synchronize()  # a slot is reused only after the compute that read it
                     ticket.slot.fence = None
                 moved = self._link.move(ticket, piece)
-            except Exception as e:  # a worker must never die with a ticket in its hands
+            except BaseException as e:  # a worker must never die with a ticket in its hands
                 error = _as_error(ticket, e)
             with self._cond:
                 ticket._running.remove(piece)
                 ticket.nbytes += moved
-                self.bytes_read[ticket.cause] += moved
-                self._in_flight -= 1
-                if self._in_flight == 0:
-                    self._busy_s += time.perf_counter() - self._busy_since
+                self._meter(ticket).end(ticket.cause, moved)
                 if error is not None:
                     ticket.error = ticket.error or error
                     ticket._pieces.clear()
@@ -285,6 +332,6 @@ class TransferQueue:
                     self._finish(ticket, ticket.error is None and not ticket.cancelled)
 
 
-def _as_error(ticket: Ticket, e: Exception) -> OffloadError:
+def _as_error(ticket: Ticket, e: BaseException) -> OffloadError:
     """What waiters are told."""
     return e if isinstance(e, OffloadError) else ReadError(f"block {ticket.key} failed: {type(e).__name__}: {e}")

@@ -1,7 +1,8 @@
 """Reading byte ranges of files into slots, past the page cache.
 
 `BlockReader` is the seam; `DirectReader` is the implementation with O_DIRECT (buffered where the file system
-refuses it). Not covered: which thread calls it and in what order (`tiers.queue`).
+refuses it), `tiers.gds` has the one that reads into device memory. Not covered: which thread calls it and in what
+order (`tiers.queue`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CHUNK = 1 << 20  # bytes per request: sequential direct reads level off here (be
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One request: at most `CHUNK` bytes of a file. `direct` ones land in the slot, others pass a bounce buffer."""
+    """One request: a range of a file. `direct` ones land in the slot, others pass a bounce buffer."""
 
     file: int
     offset: int
@@ -56,8 +57,8 @@ class BlockReader(Protocol):
         ...
 
 
-class _OpenFile:
-    """A file and the identity it had when it was opened."""
+class OpenFile:
+    """A file and the identity it had when it was opened. Raises `ReadError` if it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,6 +89,14 @@ class _OpenFile:
         if not same:
             raise ReadError(f"{self.path} was replaced or modified while in use; load the model again")
 
+    def size(self) -> int:
+        """Bytes of the file now."""
+        return os.fstat(self.fd).st_size
+
+    def truncated(self, end: int, needed: int) -> ReadError:
+        """The error for a file that ends at byte `end` where `needed` are needed."""
+        return ReadError(f"{self.path} ends at byte {end} where {needed} are needed: truncated while in use")
+
     def use_buffered(self) -> None:
         """Some file systems accept the flag at open and refuse the first read."""
         with self._lock:
@@ -104,16 +113,45 @@ class _OpenFile:
             os.close(fd)
             self.buffered = True
 
+    def close(self) -> None:
+        """Close the descriptor."""
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+
+
+def cut_segment(segment: Segment, chunk: int) -> list[Piece]:
+    """Requests of at most `chunk` bytes (whole pages): page by page into the slot where the segment is padded."""
+    pieces: list[Piece] = []
+    end = segment.offset + segment.nbytes
+    if segment.padded:
+        at, dst = page_down(segment.offset), segment.dst - segment.offset % PAGE
+        assert dst % PAGE == 0 and segment.codec is None
+        while at < end:
+            n = min(chunk, page_up(end) - at)
+            pieces.append(Piece(segment.file, at, min(n, end - at), dst, None, True))
+            at, dst = at + n, dst + n
+        return pieces
+    step = chunk
+    scale_out, scale_in = 1, 1
+    if segment.codec is not None:
+        scale_out, scale_in = segment.codec.compute_itemsize, segment.codec.stored_itemsize
+        step = chunk // scale_in * scale_in
+    for done in range(0, segment.nbytes, step):
+        n = min(step, segment.nbytes - done)
+        dst = segment.dst + done // scale_in * scale_out
+        pieces.append(Piece(segment.file, segment.offset + done, n, dst, segment.codec, False))
+    return pieces
+
 
 class DirectReader:
     """`BlockReader` over O_DIRECT `preadv`; each thread keeps one aligned bounce buffer of `CHUNK` and two pages."""
 
     def __init__(self, paths: Sequence[Path], *, direct: bool = True) -> None:
-        self._files: list[_OpenFile] = []
+        self._files: list[OpenFile] = []
         self._local = threading.local()
         try:
             for p in paths:
-                self._files.append(_OpenFile(p))
+                self._files.append(OpenFile(p))
                 if not direct:
                     self._files[-1].use_buffered()
         except BaseException:
@@ -127,26 +165,7 @@ class DirectReader:
 
     def split(self, segment: Segment, slot: Slot) -> list[Piece]:
         """Whole pages straight into the slot where the layout allows it, else at most `CHUNK` through the bounce."""
-        pieces: list[Piece] = []
-        end = segment.offset + segment.nbytes
-        if segment.padded:
-            at, dst = page_down(segment.offset), segment.dst - segment.offset % PAGE
-            assert dst % PAGE == 0 and segment.codec is None
-            while at < end:
-                n = min(CHUNK, page_up(end) - at)
-                pieces.append(Piece(segment.file, at, min(n, end - at), dst, None, True))
-                at, dst = at + n, dst + n
-            return pieces
-        step = CHUNK
-        scale_out, scale_in = 1, 1
-        if segment.codec is not None:
-            scale_out, scale_in = segment.codec.compute_itemsize, segment.codec.stored_itemsize
-            step = CHUNK // scale_in * scale_in
-        for done in range(0, segment.nbytes, step):
-            n = min(step, segment.nbytes - done)
-            dst = segment.dst + done // scale_in * scale_out
-            pieces.append(Piece(segment.file, segment.offset + done, n, dst, segment.codec, False))
-        return pieces
+        return cut_segment(segment, CHUNK)
 
     def read(self, piece: Piece, slot: Slot) -> int:
         """One request. A short read that stops before the piece's end means the file shrank."""
@@ -167,7 +186,7 @@ class DirectReader:
             piece.codec.decode(bounce[skip : skip + piece.nbytes], slot.view[piece.dst : piece.dst + out])
         return whole
 
-    def _pread(self, f: _OpenFile, into: memoryview, offset: int, needed: int) -> None:
+    def _pread(self, f: OpenFile, into: memoryview, offset: int, needed: int) -> None:
         got = torn = 0
         while got < needed:
             direct = not f.buffered
@@ -179,10 +198,7 @@ class DirectReader:
                     continue
                 raise ReadError(f"reading {f.path} at byte {offset + got} failed: {e.strerror}") from e
             if n == 0 or (torn and got + n <= torn):
-                end = offset + max(got, torn)
-                raise ReadError(
-                    f"{f.path} ends at byte {end} where {offset + needed} are needed: truncated while in use"
-                )
+                raise f.truncated(offset + max(got, torn), offset + needed)
             got += n
             torn = 0
             if got < needed and got % PAGE and direct:
@@ -206,6 +222,5 @@ class DirectReader:
     def close(self) -> None:
         """Close all files."""
         for f in self._files:
-            with contextlib.suppress(OSError):
-                os.close(f.fd)
+            f.close()
         self._files = []

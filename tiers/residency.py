@@ -207,6 +207,11 @@ class Residency:
             entry = self._entries[key]
             return entry.slot is not None and (entry.ticket is None or (entry.ticket.done and not entry.ticket.error))
 
+    def knows(self, key: str) -> bool:
+        """Whether the block has a place in this tier: it is here, on its way, or may come."""
+        with self._lock:
+            return key in self._entries
+
     def cancel_prefetches(self) -> None:
         """Drop every unleased transfer that is still under way and free its slot."""
         with self._lock:

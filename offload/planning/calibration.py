@@ -47,54 +47,81 @@ class Calibration:
         return replace(machine, rates=rates, disk_bytes_per_s=disk)
 
 
+Predict = Callable[["Calibration"], Prediction]  # one request's prediction under a calibration
+
+
 def learn(
+    known: Calibration, rates: Rates, prediction: Prediction, stats: RequestStats, predict: Predict
+) -> Calibration | None:
+    """What a run teaches, or None where it was predicted well.
+
+    `rates` are those the prediction was made with; `predict` gives the same request's under another calibration.
+    """
+    slow, late = errors(prediction, stats)
+    if max(abs(slow or 0.0), abs(late or 0.0)) <= TOLERANCE:
+        return None
+    new = observe(known, rates, prediction, stats, predict, beyond=TOLERANCE)
+    return new if new.reason else None
+
+
+def errors(prediction: Prediction, stats: RequestStats) -> tuple[float | None, float | None]:
+    """Measured over predicted, less 1: of a decode step, and of the passes over the prompt; None where too short."""
+    steps = stats.new_tokens // max(1, stats.sequences) - 1
+    decoded = steps >= 2 and prediction.decode.seconds > 0
+    prompted = stats.prefill_pass_tokens >= _LEAST_PROMPT and prediction.prefill.seconds > 0
+    return (
+        stats.decode.seconds / steps / prediction.decode.seconds - 1 if decoded else None,
+        stats.prefill.seconds / prediction.prefill.seconds - 1 if prompted else None,
+    )
+
+
+def observe(
     known: Calibration,
     rates: Rates,
     prediction: Prediction,
     stats: RequestStats,
-    predict: Callable[[Calibration], Prediction],
-) -> Calibration | None:
-    """What a run teaches, or None.
+    predict: Predict,
+    *,
+    beyond: float = 0.0,
+    damped: bool = True,
+) -> Calibration:
+    """Speeds as this run had them, where they differ from the prediction by more than `beyond`.
 
-    `rates` are those the prediction was made with; `predict` gives the same request's under another calibration.
+    `damped`: a correction that is there already is moved half the way, because runs are noisy.
     """
-    steps = stats.new_tokens // max(1, stats.sequences) - 1
-    decoded = steps >= 2 and prediction.decode.seconds > 0
-    slow = stats.decode.seconds / steps / prediction.decode.seconds - 1 if decoded else 0.0
-    prompted = stats.prefill_pass_tokens >= _LEAST_PROMPT and prediction.prefill.seconds > 0
-    late = stats.prefill.seconds / prediction.prefill.seconds - 1 if prompted else 0.0
-    if abs(slow) <= TOLERANCE and abs(late) <= TOLERANCE:
-        return None
+    slow, late = errors(prediction, stats)
+    steps = max(1, stats.new_tokens // max(1, stats.sequences) - 1)
     reasons: list[str] = []
-    new = replace(known, runs=known.runs + 1)
+    new = replace(known, runs=known.runs + 1, reason="")
     total = stats.total
     if total.bytes_read >= _LEAST_READ and total.read_busy_s > 0:
         rate = total.bytes_read / total.read_busy_s
         new = replace(new, disk_bytes_per_s=rate)
         reasons.append(f"the disk gave {rate / 1e9:.2f} GB/s")
-    if decoded and abs(slow) > TOLERANCE:
+    later = _LATER if damped else 1.0
+    if slow is not None and abs(slow) > beyond:
         measured = (stats.decode.seconds - stats.decode.stall_s) / steps
         predicted = prediction.decode.seconds - prediction.decode.stall_s
-        new = _correct(new, rates, stats.sequences, measured, predicted, reasons)
+        new = _correct(new, rates, stats.sequences, measured, predicted, later, reasons)
         read, wanted = prediction.decode.bytes_read, stats.decode.bytes_read / steps
-        if stats.experts and abs(read - wanted) > TOLERANCE * max(read, wanted):
+        if stats.experts and abs(read - wanted) > beyond * max(read, wanted):
             new = replace(new, repeat=_repeat(new, wanted, predict))
             reasons.append(f"{100 * new.repeat:.0f}% of experts were the token's before")
-    if abs(late) > TOLERANCE:
+    if late is not None and abs(late) > beyond:
         measured = stats.prefill.seconds - stats.prefill.stall_s
         predicted = prediction.prefill.seconds - prediction.prefill.stall_s
-        new = _correct(new, rates, stats.prefill_pass_tokens, measured, predicted, reasons)
-    return replace(new, reason="; ".join(reasons)) if reasons else None
+        new = _correct(new, rates, stats.prefill_pass_tokens, measured, predicted, later, reasons)
+    return replace(new, reason="; ".join(reasons))
 
 
 def _correct(
-    known: Calibration, rates: Rates, tokens: int, measured: float, predicted: float, reasons: list[str]
+    known: Calibration, rates: Rates, tokens: int, measured: float, predicted: float, later: float, reasons: list[str]
 ) -> Calibration:
     """The factor at `tokens` so that compute takes what was measured."""
     points = dict(known.corrections)
     ratio = measured / predicted if predicted > 0 and measured > 0 else 1.0
     old = rates.correction(tokens)  # what the prediction used
-    points[tokens] = min(_MOST, max(1 / _MOST, old * (ratio if tokens not in points else ratio**_LATER)))
+    points[tokens] = min(_MOST, max(1 / _MOST, old * (ratio if tokens not in points else ratio**later)))
     reasons.append(f"computing {tokens} tokens took {ratio:.2f} of what was expected")
     return replace(known, corrections=tuple(sorted(points.items())))
 

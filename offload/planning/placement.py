@@ -319,7 +319,11 @@ def _fastest(
     layers: int,
 ) -> tuple[int, TierPlan]:
     """The candidate with the best exact score, as far as time allows: in order of bound, until no other can win."""
-    ranked = sorted((scores.bound(*both(p), chunk), -p.lookahead, i) for i, (chunk, p) in enumerate(candidates))
+    # ties go to the candidate listed first, which streams least; rounding keeps the order of sums out of it
+    bounds = [scores.bound(*both(p), chunk) for chunk, p in candidates]
+    ranked = sorted(
+        (_rounded(s), -p.lookahead, i) for i, (s, (_, p)) in enumerate(zip(bounds, candidates, strict=True))
+    )
     firsts: dict[int, tuple[float, int, int]] = {}  # the bound does not see what lookahead is good for
     for entry in ranked:
         firsts.setdefault(entry[1], entry)
@@ -328,10 +332,14 @@ def _fastest(
     for bound, ahead, i in [*firsts.values(), *others][: max(_LEAST_EXACT, _EXACT_LAYERS // layers)]:
         if best is None or bound < _SLACK * best[0]:
             chunk, placed = candidates[i]
-            scored = scores.exact(*both(placed), chunk), ahead, i
+            scored = _rounded(scores.exact(*both(placed), chunk)), ahead, i
             best = min(best, scored) if best is not None else scored
     assert best is not None
     return candidates[best[2]]
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.6g}")
 
 
 def _refuse(flag: str, given: int, least: int) -> None:
@@ -386,8 +394,10 @@ class _Weights:
     def below(self, above: TierPlan) -> _Weights:
         """What the tier under `above` has to do with: all that does not stay there."""
         stays = set(above.pinned)
-        left = {size: e for size, e in self.experts.items() if above.experts[size].count < len(e)}
-        gone = [e.block for size, es in self.experts.items() if size not in left for e in es]
+        # experts are loaded beforehand only where nothing at all moves afterwards; otherwise they come from below
+        whole = above.stream is None and all(above.experts[size].count == len(e) for size, e in self.experts.items())
+        left = {} if whole else dict(self.experts)
+        gone = [e.block for es in self.experts.values() for e in es] if whole else []
         dense = tuple(b for layer in self.dense for b in layer)
         passing = [b for b in (*self.always, *dense) if b.key in stays] + gone
         rest = tuple(tuple(b for b in layer if b.key not in stays) for layer in self.dense)

@@ -61,7 +61,8 @@ def draw(
     def touch(layer: int, chosen: set[int]) -> tuple[int, ...]:
         nonlocal clock
         distances = []
-        for e in sorted(chosen):
+        # those used last are touched first: a layer computes what is there before it asks for the rest
+        for e in sorted(chosen, key=lambda e: (-last.get((layer, e), -1), e)):
             at = last.get((layer, e))
             if at is None:
                 distances.append(1 << 60)

@@ -175,6 +175,8 @@ class Timeline:
         for prefetcher in (self._host_prefetcher, self._prefetcher):
             if prefetcher is not None:
                 prefetcher.start()
+        # the first blocks are fetched as soon as a model is loaded, and a request comes later
+        self._clock.now = max(self._disk.free_at, self._link.free_at if self._link is not None else 0.0)
 
     @property
     def slices(self) -> list[tuple[str, str, float, float]]:
