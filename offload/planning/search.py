@@ -20,6 +20,7 @@ from offload.planning.machine import Machine
 from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
 from offload.planning.predict import ALL, Prediction, Workload, chunks_of, placement, predict, simulate
 from offload.planning.routing import EVEN, Routing, draw
+from offload.planning.timeline import Placement
 
 _PASSES = 4  # over a prompt, drawn for the bound: by then most experts have been used
 
@@ -45,8 +46,14 @@ def choose(
     facts = described.facts
     bound = _Bound(facts, machine, workload, routing)
 
+    known: dict[tuple[Placement, tuple[int, ...]], float] = {}  # many candidates come to the same
+
     def exact(host: TierPlan, device: TierPlan | None, chunk: int) -> float:
-        return simulate(facts, placement(facts, device, host), chunk, machine, workload, routing)[0].total_s(workload)
+        where = placement(facts, device, host)
+        key = where, tuple(chunks_of(workload, chunk))
+        if key not in known:
+            known[key] = simulate(facts, where, chunk, machine, workload, routing)[0].total_s(workload)
+        return known[key]
 
     plan = make_plan(described.layout, described.demand, budgets, Scores(bound, exact), overrides)
     return Chosen(plan, predict(facts, plan, machine, workload, routing), workload)
