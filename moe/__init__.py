@@ -4,6 +4,10 @@ Made-up traces are in `moe.synthetic`; nothing that runs a model needs them.
 """
 
 from moe.experts import ExpertsModule, LayerExperts
+from moe.predictors import Combination, GateAhead, HearsGate, LongRun, Repetition, RequestFrequency, Transitions
 from moe.traces import Recorder, Routed, RoutingTrace
 
-__all__ = ["ExpertsModule", "LayerExperts", "Recorder", "Routed", "RoutingTrace"]
+__all__ = [
+    "Combination", "ExpertsModule", "GateAhead", "HearsGate", "LayerExperts", "LongRun", "Recorder", "Repetition",
+    "RequestFrequency", "Routed", "RoutingTrace", "Transitions",
+]  # fmt: skip
