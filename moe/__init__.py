@@ -4,10 +4,12 @@ Made-up traces are in `moe.synthetic`; nothing that runs a model needs them.
 """
 
 from moe.experts import ExpertsModule, LayerExperts
+from moe.policies import Adaptive, ExpectedUse, HearsRouter, PerLayer, RouterScore
 from moe.predictors import Combination, GateAhead, HearsGate, LongRun, Repetition, RequestFrequency, Transitions
 from moe.traces import Recorder, Routed, RoutingTrace
 
 __all__ = [
-    "Combination", "ExpertsModule", "GateAhead", "HearsGate", "LayerExperts", "LongRun", "Recorder", "Repetition",
-    "RequestFrequency", "Routed", "RoutingTrace", "Transitions",
+    "Adaptive", "Combination", "ExpectedUse", "ExpertsModule", "GateAhead", "HearsGate", "HearsRouter", "LayerExperts",
+    "LongRun", "PerLayer", "Recorder", "Repetition", "RequestFrequency", "Routed", "RouterScore", "RoutingTrace",
+    "Transitions",
 ]  # fmt: skip
