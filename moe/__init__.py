@@ -1,6 +1,6 @@
 """Mixture-of-Experts: the experts function over blocks, what is known of routing. Knows nothing of KV.
 
-Made-up traces are in `moe.synthetic`; nothing that runs a model needs them.
+Replays of traces are in `moe.replay`, made-up traces in `moe.synthetic`; nothing that runs a model needs them.
 """
 
 from moe.experts import ExpertsModule, LayerExperts
