@@ -132,6 +132,18 @@ def test_transitions_go_on_when_affinities_change() -> None:
     assert top([x for x in lived[-600:] if x[0] == 1]) > 3 * 2 / 16
 
 
+def test_counts_of_transitions_stay_small_and_comparable() -> None:
+    predictor = Transitions([6, 6])
+    for then, passes in (([[2, 3]], 80), ([[4, 5]], 50)):
+        for _ in range(passes):
+            predictor.observe(0, np.array([[0, 1]] * 64))
+            predictor.observe(1, np.array(then * 64))
+            assert predictor._times[1].max() < 4096 + 64
+            assert (predictor._pairs[1] <= predictor._times[1][:, None]).all()
+        predictor.observe(0, np.array([[0, 1]]))
+        assert {e for e, _ in predictor.predict(1)[:2]} == set(then[0]), "the old fades when there is much of it"
+
+
 def test_repetition_says_what_was() -> None:
     predictor = Repetition([8])
     predictor.observe(0, np.array([[3, 5]]))
@@ -226,20 +238,20 @@ def test_layers_are_measured_apart() -> None:
 
 def test_a_combination_is_as_good_as_its_best_member() -> None:
     traces = {
-        "gate": with_gate_ahead(even(4, 32, 4, 300), 0.9),
-        "affine": affine(4, 32, 4, 300),
-        "sticky": sticky(4, 32, 4, 300, repeat=0.8),
-        "skewed": skewed(4, 32, 4, 300),
-        "sticky, and a poor gate": with_gate_ahead(sticky(4, 32, 4, 300, repeat=0.8), 0.3),
+        "gate": with_gate_ahead(even(4, 32, 4, 200), 0.9),
+        "affine": affine(4, 32, 4, 200),
+        "sticky": sticky(4, 32, 4, 200, repeat=0.8),
+        "skewed": skewed(4, 32, 4, 200),
+        "sticky, and a poor gate": with_gate_ahead(sticky(4, 32, 4, 200, repeat=0.8), 0.3),
     }
     for name, trace in traces.items():
-        alone = {m: top(run(make(trace.experts), trace)[300:]) for m, make in MAKE.items() if m != "combination"}
-        both = top(run(Combination(trace.experts), trace)[300:])
+        alone = {m: top(run(make(trace.experts), trace)[200:]) for m, make in MAKE.items() if m != "combination"}
+        both = top(run(Combination(trace.experts), trace)[200:])
         assert both > max(alone.values()) - 0.04, (name, both, alone)
-    two = with_gate_ahead(sticky(4, 32, 4, 300, repeat=0.6), 0.6)
-    alone, both = {}, run(Combination(two.experts), two)[300:]
+    two = with_gate_ahead(sticky(4, 32, 4, 200, repeat=0.6), 0.6)
+    alone, both = {}, run(Combination(two.experts), two)[200:]
     for m, make in MAKE.items():
-        alone[m] = recall(run(make(two.experts), two)[300:])
+        alone[m] = recall(run(make(two.experts), two)[200:])
     assert alone.pop("combination") == recall(both) > max(alone.values()) + 0.1, "two that know half know more"
 
 

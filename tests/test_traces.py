@@ -142,6 +142,22 @@ def raw(path: Path, **changes: np.ndarray | None) -> Path:
     return path
 
 
+def test_an_array_put_in_place_of_another_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    even(2, 4, 2, 3).save(path)
+    with np.load(path) as f:
+        arrays = dict(f)
+    np.savez_compressed(path, **arrays)
+    assert len(RoutingTrace.load(path)) == 3
+    np.savez_compressed(path, **(arrays | {"index": 3 - arrays["index"]}))
+    with pytest.raises(ModelError, match="checksum"):
+        RoutingTrace.load(path)
+    del arrays["sha256"]
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(ModelError, match="checksum"):
+        RoutingTrace.load(path)
+
+
 def test_the_right_checksum_buys_no_trust(tmp_path: Path) -> None:
     path = tmp_path / "t.npz"
     assert len(RoutingTrace.load(raw(path))) == 3
@@ -226,9 +242,9 @@ def test_no_such_file_is_the_users_mistake(tmp_path: Path) -> None:
 
 def test_a_recorder_leaves_out_what_was_cut_short_and_ends_in_time() -> None:
     recorder = Recorder([4, 4], max_rows=4)
-    row, weight = np.array([[0, 1]]), np.array([[0.5, 0.5]])
+    row, weight = np.array([[0, 1]], np.int16), np.array([[0.5, 0.5]])
     recorder.note(1, row, weight)  # joined in the middle
-    recorder.note(0, row, weight)  # interrupted
+    recorder.note(0, row + 2, weight)  # interrupted
     for _ in range(5):
         recorder.note(0, row, weight)
         recorder.note(1, row + 1, weight)
