@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe import Combination, GateAhead, PerLayer, Repetition, Routed, RoutingTrace, Transitions, shares
-from moe.replay import Belady, Counts, Replayed, layer_of, policies, replay, router_mean, table
+from moe.belady import Belady, layer_of
+from moe.replay import Counts, Replayed, policies, replay, router_mean, table
 from moe.synthetic import adversarial, affine, even, skewed, sticky, with_gate_ahead
 from prefetch import Predictor, ThrashGuard, worthwhile
 from tiers import LRU, EvictionPolicy
