@@ -1,6 +1,17 @@
-"""Mixture-of-Experts: the experts function over blocks, and what is fetched ahead. Knows nothing of KV."""
+"""Mixture-of-Experts: the experts function over blocks, what is fetched ahead, what is known of routing.
+
+Knows nothing of KV. Wired into the engine so far: `experts`, `kernels`, `lookahead`. The policies, predictors and traces
+are tested on replays (`moe.replay`, made-up traces in `moe.synthetic`) and wait for being compared on real routing.
+"""
 
 from moe.experts import ExpertsModule, LayerExperts
 from moe.lookahead import ExpertLookahead, Gate, LayerUse
+from moe.policies import Adaptive, ExpectedUse, HearsRouter, PerLayer, RouterScore
+from moe.predictors import Combination, GateAhead, HearsGate, LongRun, Repetition, RequestFrequency, Transitions
+from moe.traces import Recorder, Routed, RoutingTrace
 
-__all__ = ["ExpertLookahead", "ExpertsModule", "Gate", "LayerExperts", "LayerUse"]
+__all__ = [
+    "Adaptive", "Combination", "ExpectedUse", "ExpertLookahead", "ExpertsModule", "Gate", "GateAhead", "HearsGate",
+    "HearsRouter", "LayerExperts", "LayerUse", "LongRun", "PerLayer", "Recorder", "Repetition", "RequestFrequency",
+    "Routed", "RouterScore", "RoutingTrace", "Transitions",
+]  # fmt: skip

@@ -15,13 +15,15 @@ from planned import MIB, PLENTY, description, facts, layer, machine, rates
 from test_cli import run
 
 import offload
+from moe import LayerUse
 from offload import hardware
 from offload.plan_cache import cache_folder
 from offload.planning import calibration
 from offload.planning.calibration import Calibration, learn
 from offload.planning.machine import Machine
-from offload.planning.placement import Plan
+from offload.planning.placement import Overrides, Plan
 from offload.planning.predict import Prediction, Workload, predict
+from offload.planning.routing import EVEN, Routing
 from offload.planning.search import choose
 from offload.stats import RequestStats, StepStats
 
@@ -98,12 +100,14 @@ PLAN: Plan = choose(description(FACTS), BUDGETS, ASSUMED, WORK).plan
 
 
 def expected(known: Calibration, about: Any = FACTS, plan: Plan = PLAN, work: Workload = WORK) -> Prediction:
-    return predict(about, plan, known.apply(ASSUMED), work, known.repeat)
+    return predict(about, plan, known.apply(ASSUMED), work, known.routing)
 
 
-def measured(real: Machine, about: Any = FACTS, plan: Plan = PLAN, repeat: float = 0.0) -> RequestStats:
+def measured(real: Machine, about: Any = FACTS, plan: Plan = PLAN, routing: Routing = EVEN) -> RequestStats:
     """A run on a machine that is in truth like `real`."""
-    p = predict(about, plan, real, WORK, repeat)
+    p = predict(about, plan, real, WORK, routing)
+    foreseen = LayerUse(needed=1000, right=round(1000 * routing.recall),
+                        predicted=round(1000 * routing.recall / routing.precision))  # fmt: skip
     steps = WORK.new_tokens - 1
 
     def stats(u: Any, times: int, tokens: int) -> StepStats:
@@ -115,7 +119,8 @@ def measured(real: Machine, about: Any = FACTS, plan: Plan = PLAN, repeat: float
     return RequestStats(
         prompt_tokens=WORK.prompt_tokens, new_tokens=WORK.new_tokens, ttft_s=p.ttft_s,
         decode_s=steps * p.decode.seconds, prefill=stats(p.prefill, 1, 512), decode=stats(p.decode, steps, steps),
-        experts=about.experts > 0, prefill_pass_tokens=min(512, plan.prefill_chunk), prediction=p,
+        experts_by_layer=(LayerUse(needed=1000), *([foreseen] * 5)) if about.experts else (),
+        prefill_pass_tokens=min(512, plan.prefill_chunk), prediction=p,
     )  # fmt: skip
 
 
@@ -214,7 +219,7 @@ def test_repeated_experts_are_found_out() -> None:
     budgets = replace(PLENTY, ram=480 * MIB, context=WORK.context)
     plan = choose(description(about), budgets, ASSUMED, WORK).plan
     assert 24 < plan.expert_slots < 150
-    stats = measured(ASSUMED, about, plan, repeat=0.8)
+    stats = measured(ASSUMED, about, plan, replace(EVEN, repeat=0.8))
     before = errors(Calibration(), stats, about, plan)
     known = taught(Calibration(), stats, about, plan)
     assert known is not None
@@ -299,3 +304,17 @@ def test_the_status_line_tells_what_was_predicted(capsys: pytest.CaptureFixture[
     code, _, err = run(capsys, "generate", str(tiny_moe), "--prompt-ids", "5,6,7", "--max-new-tokens", "8")
     assert code == 0
     assert " tokens/s (predicted " in err
+
+
+def test_how_often_the_next_layer_is_foreseen_is_learned() -> None:
+    about = facts([layer(i, MIB, experts=32, expert_bytes=4 * MIB, top_k=4) for i in range(6)])
+    budgets = replace(PLENTY, ram=480 * MIB, context=WORK.context)
+    overrides = Overrides(resident_layers=6)
+    plan = choose(description(about), budgets, ASSUMED, WORK, overrides=overrides).plan
+    stats = measured(ASSUMED, about, plan, Routing(0.0, 0.1, 0.5))
+    before = errors(Calibration(), stats, about, plan)
+    known = taught(Calibration(), stats, about, plan)
+    assert known is not None
+    assert known.routing == Routing(known.repeat, 0.1, 0.5)
+    assert "10% of experts were foreseen" in known.reason
+    assert errors(known, stats, about, plan)[1] < before[1]
