@@ -20,7 +20,7 @@ from offload.planning.machine import Machine, Rates, described
 from offload.planning.placement import Budgets, Overrides, device_map
 from offload.planning.predict import Workload
 from offload.planning.report import report
-from offload.planning.routing import draw
+from offload.planning.routing import EVEN, draw
 from offload.planning.search import Chosen, choose
 from offload.resolve import resolve_for_plan
 from tiers import BudgetError, UsageError
@@ -46,7 +46,7 @@ class Case:
     budgets: Budgets
 
     def choose(self, overrides: Overrides | None = None) -> Chosen:
-        return choose(self.model, self.budgets, self.machine, self.workload, 0.0, overrides)
+        return choose(self.model, self.budgets, self.machine, self.workload, EVEN, overrides)
 
     def seconds(self, overrides: Overrides | None = None) -> float:
         """Of the whole request, as predicted."""
@@ -255,7 +255,7 @@ def test_choices_by_hand_are_kept(vram: int | None) -> None:
     hardware = machine(link_bytes_per_s=1e10 if vram else None)
 
     def plan(**settings: int) -> Chosen:
-        return choose(SMALL, budgets, hardware, Workload(), 0.0, Overrides.of(settings))
+        return choose(SMALL, budgets, hardware, Workload(), EVEN, Overrides.of(settings))
 
     for resident in (0, 1, 3):
         tier = plan(resident_layers=resident).plan.compute
@@ -291,7 +291,7 @@ def test_choices_by_hand_are_kept(vram: int | None) -> None:
 def test_choices_that_cannot_be_kept_are_refused_with_the_reason(settings: dict[str, int], says: str) -> None:
     budgets = Budgets(FIXED + 120 * MIB, 0, None, 0, None, 640)
     with pytest.raises(UsageError, match=says) as e:
-        choose(SMALL, budgets, machine(), Workload(), 0.0, Overrides.of(settings))
+        choose(SMALL, budgets, machine(), Workload(), EVEN, Overrides.of(settings))
     assert "\n" not in str(e.value)
 
 

@@ -30,6 +30,7 @@ class Routing:
 # Before a model has run: every expert is as likely as the others; foreseen as often as was seen with random weights
 # (bench/results/olmoe.json: recall 0.90 of the layers that are foreseen at all, precision 0.90), with a margin.
 EVEN = Routing(recall=0.8, precision=0.9)
+BLIND = Routing()  # nothing is foreseen
 MAX_STEPS = 16  # decode steps drawn; what follows is like the last quarter of them
 _MAX_TOUCHES = 60_000  # bounds the time of a plan; very large models are drawn for fewer steps
 _SEED = 1

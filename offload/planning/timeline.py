@@ -15,7 +15,7 @@ from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
 from offload.planning.placement import READERS
-from offload.planning.routing import EVEN, PassMisses, Routing
+from offload.planning.routing import BLIND, PassMisses, Routing
 from prefetch import CyclicSchedule, Prefetcher
 from tiers import CHUNK, NextUse
 
@@ -152,7 +152,7 @@ class Clock:
 class Timeline:
     """One model, one machine, one placement: pass after pass on a virtual clock."""
 
-    def __init__(self, facts: ModelFacts, machine: Machine, placement: Placement, routing: Routing = EVEN) -> None:
+    def __init__(self, facts: ModelFacts, machine: Machine, placement: Placement, routing: Routing = BLIND) -> None:
         self._routing = routing
         self._foreseen: dict[int, float] = {}  # layer of experts → when those fetched ahead are there
         self._facts = facts
