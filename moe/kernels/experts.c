@@ -40,7 +40,7 @@
 #define TOKENS 16      /* tokens of an expert computed from one reading of a block */
 #define TILE 4         /* rows, and tokens, computed together; the rows after them are prefetched meanwhile */
 #define ROWS 64        /* most rows of a block */
-#define BLOCK (64 << 10) /* bytes of a block, about */
+#define BLOCK (128 << 10) /* bytes of a block, about: measured */
 #define MOST_THREADS 256
 #define SPIN 2000      /* pauses before a thread goes to sleep: a few microseconds to tens of them */
 
@@ -198,11 +198,10 @@ ELEMENTWISE(plain, 0, )
         for (int r = 0; r < rows;) {                                                                                   \
             int n = rows - r >= TILE ? TILE : 1;                                                                       \
             const char *at = (const char *)w + r * stride * size;                                                      \
-            int more = rows - r >= 2 * TILE;                                                                           \
             for (int t = 0; t < tokens;) {                                                                             \
                 int m = tokens - t < most ? tokens - t : most;                                                         \
                 float *to = sums + t * ROWS + r;                                                                       \
-                int ahead = t == 0 && more;                                                                            \
+                int ahead = t == 0; /* past the block, too: somebody needs it */                                       \
                 if (n == TILE) {                                                                                       \
                     switch (m) {                                                                                       \
                     case 1: tile(TILE, 1, at, stride, x + t, k, to, ahead); break;                                     \
