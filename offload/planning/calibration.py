@@ -73,13 +73,15 @@ def learn(
 
 
 def errors(prediction: Prediction, stats: RequestStats) -> tuple[float | None, float | None]:
-    """Measured over predicted, less 1: of a decode step, and of the passes over the prompt; None where too short."""
+    """How much longer than predicted a decode step, and the passes over the prompt, took, as shares of the time
+    measured (what every error of a prediction is given in); None where too short to say.
+    """
     steps = stats.new_tokens // max(1, stats.sequences) - 1
-    decoded = steps >= 2 and prediction.decode.seconds > 0
-    prompted = stats.prefill_pass_tokens >= _LEAST_PROMPT and prediction.prefill.seconds > 0
+    decoded = steps >= 2 and stats.decode.seconds > 0
+    prompted = stats.prefill_pass_tokens >= _LEAST_PROMPT and stats.prefill.seconds > 0
     return (
-        stats.decode.seconds / steps / prediction.decode.seconds - 1 if decoded else None,
-        stats.prefill.seconds / prediction.prefill.seconds - 1 if prompted else None,
+        1 - prediction.decode.seconds * steps / stats.decode.seconds if decoded else None,
+        1 - prediction.prefill.seconds / stats.prefill.seconds if prompted else None,
     )
 
 
