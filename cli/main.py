@@ -61,6 +61,9 @@ def _loading() -> _Parser:
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")
     run.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link (default: 8GB/s)")
     run.add_argument("--graphs", action="store_true", help="decode with CUDA graphs where weights stay on the device")
+    run.add_argument("--expert-policy", default="router", metavar="NAME", help="which expert gives up its slot")
+    run.add_argument("--expert-predictor", default="gate", metavar="NAME", help="who foresees experts; none: nobody")
+    run.add_argument("--record-routing", metavar="FILE", help="write what the routers chose (.npz)")
     run.add_argument("--trace", metavar="FILE", help="write a timeline that opens in Perfetto")
     _settings(run)
     return common
@@ -135,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("-b", "--batch", type=_whole, default=1, metavar="N", help="sequences at once (default: 1)")
     bench.add_argument("-r", "--repetitions", type=_whole, default=5, metavar="N", help="(default: 5)")
+    bench.add_argument("--replay-routing", metavar="FILE", help="follow a recorded routing in place of the model's own")
     bench.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
     profile = commands.add_parser(
         "profile", allow_abbrev=False, help="measure this machine",

@@ -52,8 +52,9 @@ def _load(args: argparse.Namespace) -> Model:
         return offload.load(
             args.model, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device, dtype=args.dtype,
             context=args.context, threads=args.threads, link=args.link, trace=args.trace, graphs=args.graphs,
-            overrides=dict(args.settings),
-            progress=progress,
+            overrides=dict(args.settings), expert_policy=args.expert_policy,
+            expert_predictor=args.expert_predictor, record_routing=args.record_routing,
+            replay_routing=getattr(args, "replay_routing", None), progress=progress,
         )  # fmt: skip
 
 
@@ -143,8 +144,12 @@ def _as_json(result: Any) -> dict[str, Any]:
                 **{f: getattr(u, f) for f in ("needed", "hit", "ahead", "late", "missed", "fetched", "wasted")},
                 "recall": u.recall,
                 "precision": u.precision,
+                "expert_bytes": size,
+                "bytes_on_demand": size * u.missed,
+                "bytes_ahead": size * u.fetched,
+                "bytes_in_vain": size * u.wasted,
             }
-            for i, u in enumerate(stats.experts_by_layer)
+            for i, (u, size) in enumerate(zip(stats.experts_by_layer, stats.expert_bytes, strict=True))
         ],
         "exact": True,
     }

@@ -1,18 +1,21 @@
 """Mixture-of-Experts: the experts function over blocks, what is fetched ahead, what is known of routing.
 
-Knows nothing of KV. Wired into the engine so far: `experts`, `kernels`, `lookahead`. The policies, predictors and
-traces are tested on replays (`moe.replay`, made-up traces in `moe.synthetic`) and wait for being compared on real
-routing.
+Knows nothing of KV. The way of one token through a layer: its router is heard and told to whoever wants to know
+(`lookahead`: the cache's policy, the predictor, the recorder), the experts that are there are computed, the others as
+they arrive (`experts`, `kernels`), and meanwhile what the next layer will choose is foreseen (`gates`, `predictors`)
+and fetched. `choices` names what can be chosen, `replay` compares it on traces, recorded (`traces`) or made up
+(`synthetic`).
 """
 
 from moe.experts import ExpertsModule, LayerExperts
-from moe.lookahead import ExpertLookahead, Gate, LayerUse
+from moe.gates import GateCorrection, Router
+from moe.lookahead import ExpertLookahead, LayerUse
 from moe.policies import Adaptive, ExpectedUse, HearsRouter, PerLayer, RouterScore
 from moe.predictors import Combination, GateAhead, HearsGate, LongRun, Repetition, RequestFrequency, Transitions
-from moe.traces import Recorder, Routed, RoutingTrace
+from moe.traces import Recorder, Replay, Routed, RoutingTrace
 
 __all__ = [
-    "Adaptive", "Combination", "ExpectedUse", "ExpertLookahead", "ExpertsModule", "Gate", "GateAhead", "HearsGate",
-    "HearsRouter", "LayerExperts", "LayerUse", "LongRun", "PerLayer", "Recorder", "Repetition", "RequestFrequency",
-    "Routed", "RouterScore", "RoutingTrace", "Transitions",
+    "Adaptive", "Combination", "ExpectedUse", "ExpertLookahead", "ExpertsModule", "GateAhead", "GateCorrection",
+    "HearsGate", "HearsRouter", "LayerExperts", "LayerUse", "LongRun", "PerLayer", "Recorder", "Repetition", "Replay",
+    "RequestFrequency", "Routed", "Router", "RouterScore", "RoutingTrace", "Transitions",
 ]  # fmt: skip

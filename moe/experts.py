@@ -73,6 +73,8 @@ class LayerExperts:
         self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden [T, H], index [T, k] int64, weights [T, k] → [T, H]; indices ≥ num_experts contribute nothing."""
+        if self._ahead is not None:
+            index = self._ahead.routed(self._number, hidden, index, weights)
         top_k = index.size(-1)
         flat = index.reshape(-1)  # [T·k]
         order = torch.argsort(flat, stable=True)
@@ -89,7 +91,7 @@ class LayerExperts:
         small = {e for e in places if activation is not None and counts[e] <= KERNEL_TOKENS}
         if small:
             rows, factors, listed = hidden.contiguous(), scale.view(-1).float().contiguous(), order.tolist()
-        for group in self._arriving(list(places), hidden, TOGETHER if small else 1):
+        for group in self._arriving(list(places), TOGETHER if small else 1):
             try:
                 there = {e: m for e, lease in group if e in small and (m := self._matrices(e, lease, hidden.dtype))}
                 if there:
@@ -123,7 +125,7 @@ class LayerExperts:
             known = self._at[expert] = (lease.slot.address, dtype, matrices(self._views(lease), dtype))
         return known[2]
 
-    def _arriving(self, experts: Sequence[int], hidden: torch.Tensor, most: int) -> Iterator[list[tuple[int, Lease]]]:
+    def _arriving(self, experts: Sequence[int], most: int) -> Iterator[list[tuple[int, Lease]]]:
         """(expert, lease) for each, in groups of up to `most`: resident ones first, then the others as they arrive.
 
         A group that was given out is the caller's to release before the next one is asked for.
@@ -148,7 +150,7 @@ class LayerExperts:
         try:
             request()
             if self._ahead is not None:
-                self._ahead.look(self._number, hidden)
+                self._ahead.look(self._number)
             while held or pending:
                 if held:
                     yield [held.popleft() for _ in range(min(most, len(held)))]

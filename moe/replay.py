@@ -18,7 +18,7 @@ from moe import shares
 from moe.belady import Belady, key_of, layer_of
 from moe.policies import Adaptive, ExpectedUse, HearsRouter, PerLayer, RouterScore
 from moe.predictors import HearsGate
-from moe.traces import Routed, RoutingTrace
+from moe.traces import Routed, RoutingTrace, mean_probability
 from prefetch.predictor import Predictor
 from prefetch.worth import ThrashGuard
 from tiers import LFU, LRU, EvictionPolicy
@@ -180,14 +180,9 @@ def replay(
     return Replayed(tuple(cache.counts), nbytes)
 
 
-def router_mean(r: Routed, experts: int) -> NDArray[np.floating]:
+def router_mean(r: Routed, experts: int) -> NDArray[np.float64]:
     """[experts]: each expert's mean probability over the tokens; of the chosen ones only, if no more was recorded."""
-    if r.probabilities is not None:
-        total = r.probabilities.sum(axis=0, dtype=np.float64)
-    else:
-        total = np.bincount(r.index.ravel(), r.weights.ravel().astype(np.float64), minlength=experts)
-    mean: NDArray[np.float64] = total / len(r.index)
-    return mean
+    return mean_probability(r.probabilities, r.index, r.weights, experts)
 
 
 MakePolicy = Callable[[int], EvictionPolicy]  # slots →

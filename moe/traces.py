@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moe.store import load_arrays, save_arrays
-from tiers import ModelError
+from tiers import ModelError, UsageError
 
 Index = NDArray[np.int16]
 Weights = NDArray[np.float16]
@@ -35,7 +36,7 @@ class Routed:
     layer: int
     index: Index  # [T, k]: the experts chosen
     weights: Weights  # [T, k]: the router's weight of each
-    ahead: Index | None = None  # [T, k]: what was said here of the next layer's choice; `NONE` where nothing was
+    ahead: Index | None = None  # [T, n]: what was said here of the next layer's choice, the surest first; or `NONE`
     probabilities: Weights | None = None  # [T, experts]: the router's, of all experts
 
     def needed(self) -> list[int]:
@@ -84,7 +85,7 @@ class RoutingTrace:
     def save(self, path: Path) -> None:
         """Write it whole, 0600, with a checksum (`moe.store`). Raises `UsageError` if that is impossible."""
         every = [r for p in self._passes for r in p]
-        k, shape = self.top_k, (0, self.top_k)
+        shape = (0, self.top_k)
         arrays = {
             "version": np.array([_VERSION]),
             "experts": np.array(self.experts, np.int32),
@@ -92,10 +93,9 @@ class RoutingTrace:
             "index": np.concatenate([r.index for r in every] or [np.zeros(shape, np.int16)]),
             "weights": np.concatenate([r.weights for r in every] or [np.zeros(shape, np.float16)]),
         }
-        if any(r.ahead is not None for r in every):
-            arrays["ahead"] = np.concatenate(
-                [np.full((len(r.index), k), NONE, np.int16) if r.ahead is None else r.ahead for r in every]
-            )
+        said = [r.ahead.shape[1] for r in every if r.ahead is not None]
+        if said:
+            arrays["ahead"] = np.concatenate([_widened(r, max(said)) for r in every])
         given = [r.probabilities for r in every if r.probabilities is not None]
         if given and len(given) == len(every):  # layers differ in width: kept flat
             arrays["probabilities"] = np.concatenate([g.ravel() for g in given])
@@ -119,12 +119,22 @@ class RoutingTrace:
             raise ModelError(f"{path} is no routing trace ({e}): record it again") from None
 
 
+def _widened(r: Routed, width: int) -> Index:
+    """What was said ahead, [T, width]."""
+    out = np.full((len(r.index), width), NONE, np.int16)
+    if r.ahead is not None:
+        out[:, : r.ahead.shape[1]] = r.ahead
+    return out
+
+
 def _cut(a: dict[str, NDArray[np.generic]], experts: list[int], tokens: list[int]) -> Iterator[list[Routed]]:
     """Rows back into passes. Every array must be used up exactly."""
     rows = sum(tokens) * len(experts)
-    for name in ("index", "weights", "ahead"):
-        if name in a and a[name].shape != (rows, a["index"].shape[1]):
+    for name in ("index", "weights"):
+        if a[name].shape != (rows, a["index"].shape[1]):
             raise ValueError(f"the shape of {name} does not fit")
+    if "ahead" in a and (a["ahead"].ndim != 2 or len(a["ahead"]) != rows):
+        raise ValueError("the shape of ahead does not fit")
     flat = a.get("probabilities")
     if flat is not None and flat.shape != (sum(tokens) * sum(experts),):
         raise ValueError("the shape of probabilities does not fit")
@@ -148,7 +158,7 @@ def _check(r: Routed, experts: int, k: int, tokens: int) -> None:
         raise ValueError(f"a layer of {experts} experts chose one that it does not have")
     if not np.isfinite(r.weights).all():
         raise ValueError("a router weight is no number")
-    if r.ahead is not None and r.ahead.shape != (tokens, k):
+    if r.ahead is not None and (r.ahead.ndim != 2 or len(r.ahead) != tokens or not r.ahead.size):
         raise ValueError("what was said ahead has the wrong shape")
     if r.probabilities is not None:
         p = r.probabilities
@@ -202,3 +212,64 @@ class Recorder:
     def trace(self) -> RoutingTrace:
         """What has been recorded. Raises `ValueError` if it does not fit the layers that were announced."""
         return RoutingTrace(self._experts, self._passes)
+
+
+class Replay:
+    """A trace's tokens, one after another, in the place of what a model's routers choose; and again from the start.
+
+    So a model of random weights has real routing, at its own size. What it says means nothing then.
+    """
+
+    def __init__(self, trace: RoutingTrace, experts: Sequence[int], top_k: int) -> None:
+        """For a model of `experts[layer]` and `top_k`. Raises `UsageError` if the trace is of another shape."""
+        if trace.experts != tuple(experts) or trace.top_k != top_k or not len(trace):
+            raise UsageError(
+                f"the trace is of {trace.layers} layers of {_span(trace.experts)} experts, top {trace.top_k}; "
+                f"the model has {len(experts)} of {_span(experts)}, top {top_k}: record one of this shape"
+            )
+        self._layers = [_joined([p[layer] for p in trace]) for layer in range(trace.layers)]
+        self._at = self._end = 0
+
+    def next(self, layer: int, tokens: int) -> Routed:
+        """The routing of `layer` for so many tokens; layer 0 goes on to the next ones."""
+        rows = len(self._layers[0].index)
+        if layer == 0:
+            self._at = self._end % rows
+            self._end = self._at + tokens
+        part = np.arange(self._at, self._at + tokens) % rows
+        whole = self._layers[layer]
+        return Routed(
+            layer, whole.index[part], whole.weights[part],
+            None if whole.ahead is None else whole.ahead[part],
+            None if whole.probabilities is None else whole.probabilities[part],
+        )  # fmt: skip
+
+
+def _joined(parts: Sequence[Routed]) -> Routed:
+    """One layer's passes behind each other; what only some of them have is left out."""
+    ahead = [p.ahead for p in parts if p.ahead is not None]
+    probabilities = [p.probabilities for p in parts if p.probabilities is not None]
+    width = max((a.shape[1] for a in ahead), default=0)
+    return Routed(
+        parts[0].layer,
+        np.concatenate([p.index for p in parts]),
+        np.concatenate([p.weights for p in parts]),
+        np.concatenate([_widened(p, width) for p in parts]) if ahead else None,
+        np.concatenate(probabilities) if len(probabilities) == len(parts) else None,
+    )
+
+
+def _span(experts: Sequence[int]) -> str:
+    return str(experts[0]) if len(set(experts)) == 1 else f"{min(experts)} to {max(experts)}"
+
+
+def mean_probability(
+    probabilities: NDArray[Any] | None, index: NDArray[Any], weights: NDArray[Any], experts: int
+) -> NDArray[np.float64]:
+    """[experts]: each expert's mean probability over the tokens; of the chosen ones' weights, if no more is known."""
+    if probabilities is not None:
+        total = probabilities.sum(axis=0, dtype=np.float64)
+    else:
+        total = np.bincount(index.ravel(), weights.ravel().astype(np.float64), minlength=experts)[:experts]
+    mean: NDArray[np.float64] = total / len(index)
+    return mean

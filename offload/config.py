@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe.choices import POLICIES, POLICY, PREDICTOR, PREDICTORS, checked
 from offload.sizes import parse_rate, parse_size
 from tiers import UsageError
 
@@ -24,7 +25,10 @@ class RunConfig:
     emulated device's link, bytes per second. `trace`: file for a timeline. `overrides`: choices made by hand
     (`offload.planning.placement.Overrides`). `graphs`: replay norms and MLPs of decode steps from CUDA graphs.
     `count_launches`: count kernel launches and host synchronisations of every pass, on a CUDA device; passes take much
-    longer then.
+    longer then. `expert_policy`, `expert_predictor`: which expert gives up its slot, and who foresees which are needed
+    (`moe.choices`). `record_routing`: file to write what routers chose to, when the model is closed (`moe.traces`).
+    `replay_routing`: such a file, whose routing is followed in place of the model's own: to measure real routing on
+    random weights; what the model says means nothing then.
     """
 
     ram: str | int | None = None
@@ -39,6 +43,10 @@ class RunConfig:
     overrides: Mapping[str, int] | None = None
     graphs: bool = False
     count_launches: bool = False
+    expert_policy: str = POLICY
+    expert_predictor: str = PREDICTOR
+    record_routing: str | None = None
+    replay_routing: str | None = None
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
@@ -51,6 +59,8 @@ class RunConfig:
             raise UsageError(f"--device: {self.device!r} is not one of {', '.join(DEVICES)}")
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        checked(self.expert_policy, POLICIES, "--expert-policy")
+        checked(self.expert_predictor, PREDICTORS, "--expert-predictor")
         for flag, value in (("--context", self.context), ("--threads", self.threads)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{flag}: {value!r} is not a whole number above zero")

@@ -20,14 +20,15 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from kvstore import make_cache
-from moe import ExpertLookahead, Gate, LayerExperts, kernels
+from moe import LayerExperts, kernels
 from offload import graphs, hardware, hf, launches
 from offload.binding import Binder
 from offload.config import RunConfig
 from offload.describe import describe
 from offload.embedding import RowReader
+from offload.experts import Experts
 from offload.hierarchy import Hierarchy, Progress
-from offload.layout import ExpertGroup, LayerLayout
+from offload.layout import ExpertGroup
 from offload.planning import calibration
 from offload.planning.calibration import Calibration
 from offload.planning.placement import READERS, Budgets, Overrides, Plan
@@ -70,8 +71,9 @@ class Engine:
 
     def __init__(self, folder: Path, config: RunConfig, progress: Progress | None = None) -> None:
         began = time.perf_counter()
-        if config.trace is not None and not Path(config.trace).absolute().parent.is_dir():
-            raise UsageError(f"--trace {config.trace}: there is no such folder")
+        for flag, file in (("--trace", config.trace), ("--record-routing", config.record_routing)):
+            if file is not None and not Path(file).absolute().parent.is_dir():
+                raise UsageError(f"{flag} {file}: there is no such folder")
         self.folder = folder
         self.config = config
         self.interrupt = threading.Event()
@@ -89,9 +91,10 @@ class Engine:
         self.machine = hardware.machine_of(folder, self.device, ram=ram, vram=vram)
         self.machine_id = hardware.identity(folder, self.device)
         self.calibration = calibration.load(self.machine_id, description.facts)
+        self.experts = Experts(self.layout, description.facts, config, self.machine_id)
         budgets = Budgets(
             ram=ram,
-            base=mem.rss(),
+            base=mem.rss() + self.experts.nbytes,
             vram=vram,
             device_base=device_base,
             resident=(
@@ -120,8 +123,9 @@ class Engine:
                 except ReadError as e:
                     self.notes.append(f"weights go through host memory: {e}")
             self._memory = Hierarchy(
-                self.layout, self.plan, reader, self.device, self.interrupt.is_set, self.trace, direct
-            )
+                self.layout, self.plan, reader, self.device, self.interrupt.is_set, self.trace, direct,
+                self.experts.policy,
+            )  # fmt: skip
             self._close_files = opened.pop_all().close
         try:
             self._connect()
@@ -188,9 +192,10 @@ class Engine:
         return make_cache(self.hf_config, capacity)
 
     def close(self) -> None:
-        """Stop the workers, close the files, write the trace. Steps after this raise."""
+        """Stop the workers, close the files, write the trace and the routing. Steps after this raise."""
         self._memory.close()
         self._close_files()
+        self.experts.close()
         if self.trace is not None and self.config.trace is not None:
             try:
                 self.trace.write(Path(self.config.trace).absolute())
@@ -295,9 +300,8 @@ class Engine:
             for layer in layout.layers:
                 stay = {spec.name for part in layer.dense if part.block.key not in gone for spec in part.specs}
                 self.captures.wrap(self.hf.get_submodule(layer.module), layer.module, stay)
-        groups = [(layer, group) for layer in layout.layers for group in layer.experts]
-        self.experts = self._lookahead(groups)
-        for number, (_, group) in enumerate(groups):
+        self.experts.connect(self.hf, memory, self.plan)
+        for number, (_, group) in enumerate(self.experts.groups):
             hf.attach_experts(self.hf.get_submodule(group.module), self._layer_experts(group, number))
         self._tables = [
             RowReader(t, module, memory.disk, self.device.torch_device)
@@ -306,21 +310,6 @@ class Engine:
         ]
         hf.move_buffers(self.hf, self.device.torch_device)
         self.hf.forward = self._hf_forward
-
-    def _lookahead(self, groups: list[tuple[LayerLayout, ExpertGroup]]) -> ExpertLookahead | None:
-        """Who fetches experts ahead; None where nothing is to be fetched. Streamed routers cannot be asked."""
-        if not groups or self.plan.everything_fits:
-            return None
-        gone = {b.block.key for b in self._memory.streamed()}
-        gates: list[Gate | None] = []
-        for layer, group in groups:
-            stays = all(part.block.key not in gone for part in layer.dense)
-            inside = group.module.removeprefix(f"{layer.module}.")
-            gates.append(hf.router_of(self.hf.get_submodule(layer.module), inside) if stays else None)
-        keys = [[e.block.key for e in group.blocks] for _, group in groups]
-        # most of the slots stay for experts that were chosen
-        most = max(group.top_k for _, group in groups) + self.plan.expert_slots // 4
-        return ExpertLookahead(self._memory.compute, keys, gates, most)
 
     def _layer_experts(self, group: ExpertGroup, number: int) -> LayerExperts:
         specs = {e.block.key: e.specs for e in group.blocks}
@@ -335,7 +324,7 @@ class Engine:
             views,
             lookahead=READERS,
             kernel=kernels.load() if self.device.torch_device.type == "cpu" else None,
-            ahead=self.experts,
+            ahead=self.experts.lookahead,
             number=number,
         )
 

@@ -250,25 +250,36 @@ def experts_modules(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def router_of(layer: nn.Module, experts: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The router beside the experts module `experts` (its name inside `layer`): hidden [T, H] → indices [T, k].
+def router_of(layer: nn.Module, experts: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
+    """The router beside the experts module `experts` (its name inside `layer`), to be asked apart from its block.
 
-    None where the family has none that can be asked apart from its block (it needs more than the hidden states).
+    hidden [T, H] → logits [T, experts], indices [T, k]. None where the family has none, or one that needs more than the
+    hidden states.
     """
+    router = _router(layer, experts)
+    if router is None:
+        return None
+    needed = [p for p in inspect.signature(router.forward).parameters.values() if p.default is p.empty]
+    return functools.partial(_route, router) if len(needed) == 1 else None
+
+
+def hear_router(layer: nn.Module, experts: str, tell: Callable[[torch.Tensor], None]) -> None:
+    """Whenever the layer's own router runs in its block, `tell` is given its logits [T, experts]."""
+    router = _router(layer, experts)
+    if router is not None:
+        router.register_forward_hook(lambda module, args, output: tell(output[0]))
+
+
+def _router(layer: nn.Module, experts: str) -> nn.Module | None:
     parent = layer.get_submodule(experts.rpartition(".")[0]) if "." in experts else layer
-    for child in parent.children():
-        if type(child).__name__.lower().endswith("router"):
-            needed = [p for p in inspect.signature(child.forward).parameters.values() if p.default is p.empty]
-            if len(needed) != 1:
-                return None
-            return functools.partial(_route, child)
-    return None
+    return next((c for c in parent.children() if type(c).__name__.lower().endswith("router")), None)
 
 
-def _route(router: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    _, _, index = router(hidden)
-    assert isinstance(index, torch.Tensor)
-    return index
+def _route(router: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # not through __call__: whoever hears the router (`hear_router`) is not to hear this
+    logits, _, index = router.forward(hidden)
+    assert isinstance(logits, torch.Tensor) and isinstance(index, torch.Tensor)
+    return logits, index
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

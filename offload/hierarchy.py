@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from offload.layout import LaidOut, ModelLayout
 from offload.planning.placement import READERS, Plan, TierPlan, dense_blocks, expert_pools
-from prefetch import CyclicSchedule, Prefetcher
+from prefetch import CyclicSchedule, Prefetcher, ThrashGuard
 from tiers import (
     COPIES,
     LRU,
@@ -23,6 +23,7 @@ from tiers import (
     BlockReader,
     Cause,
     Device,
+    EvictionPolicy,
     NextUse,
     Residency,
     Ticket,
@@ -49,8 +50,13 @@ class Hierarchy:
         interrupted: Callable[[], bool],
         trace: Trace | None = None,
         direct: BlockReader | None = None,
+        expert_policy: Callable[[int], EvictionPolicy] | None = None,
     ) -> None:
+        """`expert_policy(slots)` is who decides which expert gives up its slot (default: least recently used)."""
         self._layout = layout
+        self._expert_policy = expert_policy or (lambda slots: LRU())
+        self.expert_policies: list[EvictionPolicy] = []  # of all tiers
+        self._guards: dict[str, ThrashGuard] = {}  # expert → the guard of its pool where it is computed on
         self._direct = direct
         self._plan = plan
         self._device = device
@@ -123,6 +129,10 @@ class Hierarchy:
             if prefetcher is not None:
                 prefetcher.start()
 
+    def fetch_expert(self, key: str) -> bool:
+        """Start fetching an expert ahead, to where it is computed on; False if that must not be, or cannot."""
+        return self._guards[key].fetch_ahead(key, lambda: self.compute.prefetch(key))
+
     def entered(self, keys: Sequence[str]) -> None:
         """Streamed blocks of one layer are leased and about to be computed on: look ahead."""
         assert self.prefetcher is not None
@@ -172,7 +182,13 @@ class Hierarchy:
         residency.interrupted = self._interrupted
         for size, blocks in expert_pools(self._layout).items():
             if size in plan.experts:
-                residency.add_pool(f"experts.{size}", size, plan.experts[size].count, LRU())
+                slots = plan.experts[size].count
+                policy = self._expert_policy(slots)
+                self.expert_policies.append(policy)
+                if plan is self._plan.compute:
+                    guard = policy = ThrashGuard(policy, nbytes=size)
+                    self._guards.update((e.block.key, guard) for e in blocks)
+                residency.add_pool(f"experts.{size}", size, slots, policy)
                 for e in blocks:
                     residency.add(e.block, f"experts.{size}")
         return residency

@@ -179,7 +179,10 @@ class Model:
         result = Generation([], [], [], stats, notes)
         clock = _Clock(began)
         self.engine.steps.clear()
-        used = copy.deepcopy(self.engine.experts.use) if self.engine.experts is not None else []
+        ahead = self.engine.experts.lookahead
+        if ahead is not None and cache is None:
+            ahead.begin()
+        used = copy.deepcopy(ahead.use) if ahead is not None else []
         past = cache.get_seq_length() if cache is not None else 0
         try:
             for at in range(0, len(ids), at_once):
@@ -262,8 +265,9 @@ class Model:
             else:
                 stats.decode += step
         stats.peak_rss_bytes = mem.peak_rss()
-        ahead = self.engine.experts
+        ahead = self.engine.experts.lookahead
         if ahead is not None:
+            stats.expert_bytes = self.engine.experts.sizes
             stats.experts_by_layer = tuple(now - then for now, then in zip(ahead.use, before, strict=True))
         stats.prefill_pass_tokens = self.engine.steps[0].tokens if self.engine.steps else 0
 

@@ -55,6 +55,7 @@ class RequestStats:
     peak_rss_bytes: int = 0
     budget_bytes: int = 0
     experts_by_layer: tuple[LayerUse, ...] = ()  # of all passes; empty where no expert ever moves
+    expert_bytes: tuple[int, ...] = ()  # of one expert of each of these layers
     prefill_pass_tokens: int = 0  # of the first pass over the prompt, all sequences together
     prediction: Prediction | None = None  # None where none is made: beam search, several batches in one call
     learned: str = ""  # what this run corrected for the next plan, and why

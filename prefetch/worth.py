@@ -11,11 +11,11 @@ from tiers import EvictionPolicy
 def pays(probability: float, *, gain_s: float, link_s: float, busy: float, evict_probability: float = 0.0) -> bool:
     """Whether fetching a block ahead saves more than it costs.
 
-    `gain_s` seconds are saved if the block is needed and there; `link_s` is its time on the link, of which the share
-    `busy` (0 … 1) would have been used by something else; what it pushes out is needed, and has to come back,
-    with `evict_probability` (0 if a slot is free).
+    `gain_s` seconds are saved if the block is needed and there; it crosses the link then in any case. If it is not
+    needed, its time on the link, `link_s`, is lost, as far as something else would have used it (`busy`, 0 … 1). What
+    it pushes out is needed, and has to come back, with `evict_probability` (0 if a slot is free).
     """
-    return probability * gain_s > link_s * busy + evict_probability * gain_s
+    return probability * gain_s > (1 - probability) * link_s * busy + evict_probability * gain_s
 
 
 def worthwhile(

@@ -259,7 +259,8 @@ def test_a_block_is_fetched_when_that_saves_more_than_it_costs() -> None:
     said = [(1, 0.9), (2, 0.5), (3, 0.1)]
     assert worthwhile(said, gain_s=1.0, link_s=1.0, busy=0.0) == said
     assert worthwhile(said, gain_s=1.0, link_s=1.0, busy=0.4) == said[:2]
-    assert worthwhile(said, gain_s=1.0, link_s=1.0, busy=0.4, evict_probability=0.2) == said[:1]
+    assert worthwhile(said, gain_s=1.0, link_s=1.0, busy=1.0) == said[:1], "on a busy link half right is not enough"
+    assert worthwhile(said, gain_s=1.0, link_s=1.0, busy=0.4, evict_probability=0.4) == said[:1]
     assert worthwhile(said, gain_s=1.0, link_s=1.0, busy=0.0, evict_probability=0.95) == []
     assert worthwhile(said, gain_s=0.0, link_s=1.0, busy=0.0) == []
-    assert not pays(0.5, gain_s=1.0, link_s=0.5, busy=1.0), "what saves nothing is left"
+    assert not pays(0.5, gain_s=0.5, link_s=0.5, busy=1.0), "what saves nothing is left"

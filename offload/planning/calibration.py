@@ -184,6 +184,11 @@ def save(machine: str, facts: ModelFacts, value: Calibration) -> None:
         os.replace(temporary, path)
 
 
-def _path(machine: str, facts: ModelFacts) -> Path:
+def kept_at(machine: str, facts: ModelFacts, folder: str, suffix: str) -> Path:
+    """Where something about a model on the machine of that name is kept, in a `folder` of the cache."""
     shape = [_VERSION, machine, facts.model_type, facts.dtype, facts.weight_bytes, facts.params, len(facts.layers)]
-    return cache_folder() / "calibrations" / f"{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:24]}.json"
+    return cache_folder() / folder / f"{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:24]}.{suffix}"
+
+
+def _path(machine: str, facts: ModelFacts) -> Path:
+    return kept_at(machine, facts, "calibrations", "json")

@@ -1,0 +1,106 @@
+"""A model's experts put together: who gives up a slot, who is fetched ahead, what is written down and what is kept.
+
+The parts are in `moe`; this is which of them a run uses, and where they meet the model's modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+
+from torch import nn
+
+from moe import ExpertLookahead, GateCorrection, HearsRouter, Recorder, Replay, Router, RoutingTrace, choices
+from offload import hf
+from offload.config import RunConfig
+from offload.hierarchy import Hierarchy
+from offload.layout import ExpertGroup, LayerLayout, ModelLayout
+from offload.planning import calibration
+from offload.planning.facts import ModelFacts
+from offload.planning.placement import Plan
+from tiers import EvictionPolicy, ModelError, UsageError
+
+MAX_CORRECTION = 64 << 20  # bytes for what is learned of routers (`moe.gates`); models that need more go without
+LEAST_LEARNED = 64  # tokens; what was learned from fewer is not kept
+
+
+class Experts:
+    """Made before the plan (`nbytes` belongs to its budget), connected after, closed with the engine."""
+
+    def __init__(self, layout: ModelLayout, facts: ModelFacts, config: RunConfig, machine_id: str) -> None:
+        """Raises `UsageError`, `ModelError`: a trace to be replayed is not there, damaged, or of another shape."""
+        self.groups: list[tuple[LayerLayout, ExpertGroup]] = [
+            (layer, group) for layer in layout.layers for group in layer.experts
+        ]
+        self._keys = [[e.block.key for e in group.blocks] for _, group in self.groups]
+        self._counts = [len(k) for k in self._keys]
+        self.sizes = tuple(group.blocks[0].block.nbytes for _, group in self.groups)  # bytes of one expert
+        self._top_k = max((group.top_k for _, group in self.groups), default=0)
+        self._config = config
+        self._kept = calibration.kept_at(machine_id, facts, "routers", "npz")
+        self._correction: GateCorrection | None = None
+        self._recorder: Recorder | None = None
+        self._replay: Replay | None = None
+        self.lookahead: ExpertLookahead | None = None
+        if config.replay_routing is not None:
+            trace = RoutingTrace.load(Path(config.replay_routing))
+            self._replay = Replay(trace, self._counts, self._top_k)
+        if config.record_routing is not None and self.groups:
+            self._recorder = Recorder(self._counts)
+        size = GateCorrection.nbytes(facts.hidden, self._counts)
+        if choices.corrects(config.expert_predictor) and 0 < size <= MAX_CORRECTION:
+            self._correction = GateCorrection(facts.hidden, self._counts)
+        self.nbytes = size if self._correction is not None else 0
+
+    def policy(self, slots: int) -> EvictionPolicy:
+        """Who gives up one of so many slots."""
+        return choices.policy(self._config.expert_policy, self._keys, self._top_k, slots)
+
+    def connect(self, model: nn.Module, memory: Hierarchy, plan: Plan) -> None:
+        """Make `lookahead`, told by the model's routers; None where there is nothing to fetch, record or replay."""
+        watched = self._recorder is not None or self._replay is not None
+        if not self.groups or (plan.everything_fits and not watched):
+            return
+        gone = {b.block.key for b in memory.streamed()}
+        routers: list[Router | None] = []
+        for layer, group in self.groups:
+            # a router that comes and goes with its layer cannot be asked early
+            stays = all(part.block.key not in gone for part in layer.dense)
+            routers.append(hf.router_of(*_place(model, layer, group)) if stays else None)
+        predictor = None if plan.everything_fits else choices.predictor(self._config.expert_predictor, self._counts)
+        if predictor is None and self._recorder is None:
+            self._correction = None
+        if self._correction is not None:
+            with contextlib.suppress(UsageError, ModelError):  # nothing kept yet, or nothing that can be used
+                self._correction.load(self._kept)
+        self.lookahead = ExpertLookahead(
+            memory.compute,
+            self._keys,
+            routers,
+            self._top_k + plan.expert_slots // 4,  # most of the slots stay for experts that were chosen
+            predictor=predictor,
+            correction=self._correction,
+            fetch=memory.fetch_expert,
+            policies=[p for p in memory.expert_policies if isinstance(p, HearsRouter)],
+            recorder=self._recorder,
+            replay=self._replay,
+        )
+        for number, (layer, group) in enumerate(self.groups):
+            hf.hear_router(*_place(model, layer, group), functools.partial(self.lookahead.heard, number))
+
+    def close(self) -> None:
+        """Write the routing that was asked for, and keep what was learned for the next run. Raises `UsageError`."""
+        correction, self._correction = self._correction, None
+        if correction is not None and self._replay is None and correction.learned >= LEAST_LEARNED:
+            with contextlib.suppress(OSError, UsageError):  # a cache that cannot be written is no reason to fail
+                self._kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                correction.save(self._kept)
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None and self._config.record_routing is not None:
+            recorder.trace().save(Path(self._config.record_routing).absolute())
+
+
+def _place(model: nn.Module, layer: LayerLayout, group: ExpertGroup) -> tuple[nn.Module, str]:
+    """The layer's module, and the name of the experts module inside it."""
+    return model.get_submodule(layer.module), group.module.removeprefix(f"{layer.module}.")
