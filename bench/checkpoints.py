@@ -118,6 +118,12 @@ SPECS = {
             "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
             "vocab_size": 4096,
         }),
+        # as many layers, experts and experts per token as the bundled demo-moe, whose routing it can be given
+        Spec("routed", "2GiB", 200, 3 * GIB // 2, {
+            **_OLMOE, "hidden_size": 2048, "num_hidden_layers": 6, "intermediate_size": 1024,
+            "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4,
+            "vocab_size": 4096,
+        }),
         Spec("llama-3b-small", "1GiB", 6, 1 << 20, {
             **_LLAMA, "hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512,
             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,

@@ -1,0 +1,239 @@
+"""Policies and predictors on learned routing: hit rate, bytes and tokens per second, against the best there could be.
+
+1. The bundled mixture of experts answers questions, half of its experts in memory, and its routing is recorded: first
+   some questions to learn from, then others. How many experts are foreseen one layer ahead is taken from the others,
+   with the router alone and with what was learned.
+2. A large checkpoint of random weights with as many layers, experts and experts per token (`checkpoints.py`, `routed`)
+   is given that routing in place of its own and decodes with half of its experts in memory, once for every policy
+   without and with prediction, and for every predictor with the default policy: in turn, round after round, each run in
+   a process of its own. Load on demand is a cache of one layer's experts. Belady's optimum is counted on the same
+   tokens; its speed is a bound: what it would have to read at the rate the disk gave, or the computing if that is more.
+3. Adversaries: a routing for which the cache just suffices while all that is foreseen is wrong, and one without any
+   pattern. Decoding with useless prediction over decoding without, in turn.
+
+What the checkpoint says means nothing, and is not looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+from common import RESULTS, ROOT, BenchError, default_scratch, load_average, machine, say, today, worker_env, write_json
+
+MODEL = "routed"
+PROMPT = 32
+POLICIES = ("lru", "lfu", "adaptive", "equal", "shallow", "expected", "router")
+PREDICTORS = ("none", "router", "gate", "transitions", "repetition", "request", "history", "combination")
+ON_DEMAND = {"expert_policy": "lru", "expert_predictor": "none", "slots": 4}
+LIMIT = 0.05  # most that useless predictions may cost
+
+
+def questions(part: int) -> list[str]:
+    """Things to ask the bundled model; the two parts share no person and no town."""
+    sys.path.insert(0, str(ROOT / "tools" / "demo_models"))
+    from world import build_world
+
+    world = build_world()
+    people, towns = sorted(world.people), sorted(world.towns)
+    out = []
+    for person in people[part::2][:10]:
+        out += [f"Tell me a story about {person}.", f"Who is {person}?"]
+    out += [f"What is {town} known for?" for town in towns[part::2][:6]]
+    return [*out, *(("What is 7 plus 5?", "Hello!") if part else ("What is 3 plus 4?", "Who are you?"))]
+
+
+def record(part: int, predictor: str, out: Path) -> dict[str, Any]:
+    """Answers of the bundled model, routing written to `out`: what was foreseen, by layer."""
+    import offload
+    from moe import LayerUse
+
+    with offload.load(
+        "demo-moe", resident="60%", context=512, record_routing=str(out), expert_predictor=predictor
+    ) as model:
+        total = [LayerUse() for _ in range(6)]
+        prompt = new = 0
+        for q in questions(part):
+            text = model.render([{"role": "user", "content": q}])
+            stats = model.run([text], max_new_tokens=96).stats
+            total = [a + b for a, b in zip(total, stats.experts_by_layer, strict=True)]
+            prompt, new = prompt + stats.prompt_tokens, new + stats.new_tokens
+    return {
+        "prompt_tokens": prompt, "new_tokens": new,
+        "layers": [
+            {"recall": u.recall, "precision": u.precision, "named": u.named / u.needed if u.needed else None}
+            for u in total
+        ],
+        "sha256": hashlib.sha256(out.read_bytes()).hexdigest()[:16],
+    }  # fmt: skip
+
+
+def decode(folder: Path, trace: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """One run of the large checkpoint along a trace."""
+    import offload
+
+    options = dict(options)
+    slots, new = options.pop("slots"), options.pop("new")
+    with offload.load(
+        folder, context=PROMPT + new + 8, replay_routing=str(trace), overrides={"expert_slots": slots}, **options
+    ) as model:
+        prompt = [[(7 * j) % 4000 for j in range(PROMPT)]]
+        stats = model.run(prompt, max_new_tokens=new, ignore_eos=True).stats
+        size = model.engine.experts.sizes[0]
+        use, d = stats.experts_use, stats.decode
+        assert use is not None
+        return {
+            "tokens_per_s": stats.decode_tokens_per_s,
+            "ttft_s": stats.ttft_s,
+            "read_per_token": d.bytes_read / (stats.new_tokens - 1),
+            "disk_rate": d.bytes_read / d.read_busy_s if d.read_busy_s else None,
+            "stall_share": d.stall_s / d.seconds,
+            "hit": use.hit / use.needed,
+            "ahead": use.ahead / use.needed,
+            "late": use.late / use.needed,
+            "missed": use.missed / use.needed,
+            "in_vain": use.wasted / max(1, use.fetched),
+            "expert_bytes": size,
+            "slots": model.plan.expert_slots,
+        }
+
+
+def counted(trace: Path, slots: int, new: int) -> dict[str, Any]:
+    """Hit rates on the same tokens without a clock: Belady's optimum beside the policies."""
+    import numpy as np
+
+    from moe import Replay, RoutingTrace
+    from moe.replay import policies, replay
+
+    whole = RoutingTrace.load(trace)
+    rows = Replay(whole, whole.experts, whole.top_k)
+    passes = [[rows.next(layer, n) for layer in range(whole.layers)] for n in [PROMPT] + [1] * (new - 1)]
+    same = RoutingTrace(whole.experts, passes)
+    out = {}
+    for name, make in policies(same, whole).items():
+        total = replay(same, slots, make(slots)).total
+        out[name] = {"hit": total.hits / total.needed}
+    first = replay(same[:1], slots, policies(same, whole)["belady"](slots)).total
+    belady = replay(same, slots, policies(same, whole)["belady"](slots)).total
+    out["belady"]["missed_per_token"] = (belady.missed - first.missed) / (new - 1)
+    one = [r for p in same for r in p if len(r.index) == 1]
+    again = [
+        len(np.intersect1d(a.index, b.index)) / whole.top_k for a, b in zip(one, one[whole.layers :], strict=False)
+    ]
+    return {"policies": out, "repeated": float(np.mean(again)), "tokens": len(same)}
+
+
+def adversaries(folder: Path, new: int) -> dict[str, Path]:
+    """Traces on which prediction is useless."""
+    from moe import synthetic
+
+    wrong = synthetic.with_gate_ahead(synthetic.even(6, 32, 4, PROMPT + new, seed=3), 0.0, seed=4)
+    paths = {"cache just suffices": folder / "adversarial.npz", "no pattern": folder / "even.npz"}
+    synthetic.adversarial(6, 32, 4, PROMPT + new, period=4).save(paths["cache just suffices"])
+    wrong.save(paths["no pattern"])
+    return paths
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, default=default_scratch())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=160)
+    parser.add_argument("--slots", type=int, default=96, help="expert slots (of 192)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "routing.json")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker is not None:
+        print(json.dumps(_work(args.worker)))
+        return 0
+    load = load_average()
+    folder = checkpoints.make(checkpoints.SPECS[MODEL], args.scratch)
+    with tempfile.TemporaryDirectory(prefix="offload-bench-") as scratch:
+        tmp = Path(scratch)
+        env = {**worker_env(), "OFFLOAD_CACHE": str(tmp / "cache")}
+        say("recording")
+        foreseen = {
+            "learned from": _run(env, "record", 0, "gate", tmp / "learn.npz"),
+            "others, with what was learned": _run(env, "record", 1, "gate", tmp / "judge.npz"),
+            "others, by the router alone": _run(env, "record", 1, "router", tmp / "plain.npz"),
+        }
+        for name, r in foreseen.items():
+            say(f"  {name}: recall " + " ".join(f"{x['recall']:.2f}" for x in r["layers"][1:]))
+        base = {"slots": args.slots, "new": args.new_tokens}
+        rows = [{**ON_DEMAND, "new": args.new_tokens, "name": "load on demand"}]
+        rows += [{**base, "expert_policy": p, "expert_predictor": q} for p in POLICIES for q in ("none", "gate")]
+        rows += [
+            {**base, "expert_policy": "router", "expert_predictor": q} for q in PREDICTORS if q not in ("none", "gate")
+        ]
+        trace = {q: tmp / ("plain.npz" if q == "router" else "judge.npz") for q in PREDICTORS}
+        runs: list[list[dict[str, Any]]] = [[] for _ in rows]
+        for n in range(args.rounds):
+            for row, done in zip(rows, runs, strict=True):
+                options = {k: v for k, v in row.items() if k != "name"}
+                done.append(_run(env, "decode", folder, trace[row["expert_predictor"]], json.dumps(options)))
+                say(f"round {n + 1}: {row['expert_policy']} {row['expert_predictor']}: "
+                    f"{done[-1]['tokens_per_s']:.2f} tokens/s, hit {100 * done[-1]['hit']:.0f} %")  # fmt: skip
+        table = [{**row, **_median(done)} for row, done in zip(rows, runs, strict=True)]
+        bound = _run(env, "counted", tmp / "judge.npz", args.slots, args.new_tokens)
+        guard = {}
+        for name, path in adversaries(tmp, args.new_tokens).items():
+            for policy in ("lru", "router"):
+                ratios = []
+                for n in range(args.rounds + 2):
+                    pair = {}
+                    for q in ("none", "gate") if n % 2 else ("gate", "none"):
+                        options = {**base, "expert_policy": policy, "expert_predictor": q}
+                        pair[q] = _run(env, "decode", folder, path, json.dumps(options))["tokens_per_s"]
+                    ratios.append(pair["none"] / pair["gate"] - 1)
+                guard[f"{name}, {policy}"] = {"slower": statistics.median(ratios), "pairs": sorted(ratios)}
+                say(f"{name}, {policy}: {100 * guard[f'{name}, {policy}']['slower']:+.1f} % slower with prediction")
+    write_json(args.out, {
+        "kind": "routing", "name": "routing", "date": today(), "machine": machine(), "load_average_before": load,
+        "rounds": args.rounds, "slots": args.slots, "experts": 192, "new_tokens": args.new_tokens,
+        "checkpoint": checkpoints.SPECS[MODEL].config, "foreseen": foreseen, "rows": table, "counted": bound,
+        "guard": {"limit": LIMIT, "cases": guard},
+    })  # fmt: skip
+    return 0
+
+
+def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each figure's median over the rounds."""
+    out = {}
+    for key in runs[0]:
+        values = [r[key] for r in runs if r[key] is not None]
+        out[key] = statistics.median(values) if values else None
+    return out
+
+
+def _work(words: list[str]) -> dict[str, Any]:
+    what, *rest = words
+    if what == "record":
+        return record(int(rest[0]), rest[1], Path(rest[2]))
+    if what == "decode":
+        return decode(Path(rest[0]), Path(rest[1]), json.loads(rest[2]))
+    return counted(Path(rest[0]), int(rest[1]), int(rest[2]))
+
+
+def _run(env: dict[str, str], *words: object) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__)), "--worker", *map(str, words)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise BenchError(f"{' '.join(map(str, words))}: {run.stderr.strip()[-600:]}")
+    result: dict[str, Any] = json.loads(run.stdout)
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BenchError as e:
+        say(f"error: {e}")
+        sys.exit(1)
