@@ -378,7 +378,9 @@ def ratios(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
 
 def equality(reference: Path, other: Path) -> dict[str, Any]:
-    """Positions with the same choice; the worst other choice in ulps below the reference's maximum; equal bits."""
+    """Positions with the same choice; the worst other choice in ulps below the reference's maximum; equal bits; how
+    near the logits of a position are at worst.
+    """
     from safetensors.torch import load_file
 
     a, b = load_file(reference)["logits"], load_file(other)["logits"]
@@ -392,6 +394,7 @@ def equality(reference: Path, other: Path) -> dict[str, Any]:
         "worst_ulps": worst,
         "bit_identical": sum(bool((a[i] == b[i]).all()) for i in range(n)),
         "largest_difference": (a - b).abs().max().item() if n else 0.0,
+        "least_cosine": (a * b).sum(-1).div(a.norm(dim=-1) * b.norm(dim=-1)).min().item() if n else None,
     }
 
 

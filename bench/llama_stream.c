@@ -103,7 +103,8 @@ int main(int argc, char ** argv) {
     for (int id; fscanf(f, "%d", &id) == 1; tokens[count++] = id)
         if (count == room) tokens = realloc(tokens, (room *= 2) * sizeof *tokens);
     fclose(f);
-    if (prompt < 1 || prompt > count || threads < 1) fail("PROMPT must be 1 to the number of tokens, THREADS 1 or more");
+    if (prompt < 1 || prompt > count || threads < 1)
+        fail("PROMPT must be 1 to the number of tokens, THREADS 1 or more");
 
     llama_log_set(problems_only, NULL);
     ggml_backend_load_all();
@@ -164,7 +165,8 @@ int main(int argc, char ** argv) {
     for (int i = 0; i < done; i++) printf("%s%.5f", i ? ", " : "", times[i]);
     printf("], \"new_tokens\": %d, \"argmax\": [", done);
     for (int i = 0; i < done; i++) printf("%s%d", i ? ", " : "", chosen[i]);
-    printf("], \"base_rss_bytes\": %lld, \"peak_rss_bytes\": %lld, \"threads\": %d}\n", base, status_bytes("VmHWM"), threads);
+    printf("], \"base_rss_bytes\": %lld, \"peak_rss_bytes\": %lld, \"threads\": %d}\n", base,
+           status_bytes("VmHWM"), threads);
     llama_free(context);
     llama_model_free(model);
     return 0;
