@@ -1,5 +1,8 @@
 """Ours against its peers on one model larger than memory: the same tokens, the same memory limit, in one go.
 
+With `--llama-cpp` llama.cpp is one more engine: the same weights as a bf16 GGUF file, memory-mapped, fed the same
+tokens by `llama_stream.c`. With `--resident` there is no limit and every engine has all weights in memory.
+
 Makes the checkpoint, measures the disk, runs the oracle (all weights in memory, no limit), finds accelerate's best
 `max_memory`, then runs every engine in turn in a fresh memory cgroup: once cold (caches dropped) and once directly
 after in the same group (warm). Decode is teacher-forced, batch 1, by `decode.py`.
@@ -12,6 +15,8 @@ floor: the time that reading or computing must take at least, over the time it t
    experts the oracle chose;
  - the fastest measured time per token with all weights in memory.
 
+A resident comparison has no floor.
+
 It does not measure long prompts, sampling, batches or text quality (weights are random).
 """
 
@@ -21,6 +26,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -31,7 +37,9 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import decode
 import disk
+import llama_peer
 import tables
 from checkpoints import SPECS, Spec
 from common import (
@@ -53,23 +61,33 @@ from common import (
 from limit import Group, Held, drop_caches
 
 PEERS = ("accelerate", "transformers-auto")
+LLAMA_CPP = "llama.cpp"
 SHARES = (1.0, 0.9, 0.8, 0.65)  # of the limit less the interpreter: what accelerate is tried with
 BF16_DIGITS = 8  # significant binary digits
+NO_FLOOR = {"floor_s": None}
 Run = dict[str, Any]
 
 
 class Comparison:
-    """One model, one limit, all engines."""
+    """One model, one limit (or none: all weights in memory), all engines."""
 
     def __init__(self, spec: Spec, args: argparse.Namespace) -> None:
         self.spec = spec
         self.args = args
-        self.limit = parse_size(args.limit or spec.limit)
+        self.resident: bool = args.resident
+        self.limit = None if args.resident else parse_size(args.limit or spec.limit)
+        # what ours is given, and what is held ready for each run
+        self.ram: int = self.limit or spec.weight_bytes + 2 * GIB
         self.new_tokens: int = args.new_tokens or spec.new_tokens
         self.folder = checkpoints.make(spec, args.scratch)
         self.work: Path = args.scratch / "work"
         self.work.mkdir(parents=True, exist_ok=True)
         self.files = checkpoints.shard_files(self.folder)
+        self.mapped: list[Path] = []  # read by a peer in place of the checkpoint
+        self.llama: llama_peer.Built | None = None
+        if LLAMA_CPP in args.engines:
+            self.llama = llama_peer.build(args.llama_cpp, self.work / "llama_stream")
+            self.mapped = [llama_peer.gguf(self.folder, self.llama.checkout, spec.weight_bytes)]
         self.disks: list[disk.Disk] = []
         self._logits = itertools.count()
 
@@ -82,7 +100,7 @@ class Comparison:
         self.measure_disk()
         references = self.references()
         base = next((r["base_rss_bytes"] for r in references if "error" not in r), 300 << 20)
-        tuning = self.tune(base) if "accelerate" in self.args.engines else []
+        tuning = self.tune(self.limit, base) if "accelerate" in self.args.engines and self.limit else []
         runs = self.rounds(best_max_memory(tuning))
         self.measure_disk()
         bandwidth = statistics.median(d.sequential for d in self.disks)
@@ -95,6 +113,8 @@ class Comparison:
             "name": self.spec.name,
             "date": date,
             "machine": machine(),
+            "llama_cpp": self.llama.version if self.llama is not None else None,
+            "resident": self.resident,
             "load_average_before": quiet,
             "model": {
                 "config": self.spec.config,
@@ -110,7 +130,7 @@ class Comparison:
             "summary": summarise(runs),
             "ratios": ratios(runs),
             "equality": compared,
-            "floor": self.floor(bandwidth, base, references, oracle, runs),
+            "floor": self.floor(self.limit, bandwidth, base, references, oracle, runs) if self.limit else NO_FLOOR,
             "tuning": tuning,
             "references": [{k: v for k, v in r.items() if k != "routes"} for r in references],
             "runs": runs,
@@ -125,27 +145,27 @@ class Comparison:
         say(f"disk: {last.sequential / 1e9:.2f} GB/s sequential, {last.random / 1e9:.2f} GB/s random")
 
     def references(self) -> list[Run]:
-        """Without a limit: the oracle, and ours with everything in memory."""
+        """Without a limit: the oracle, and ours with everything in memory (where that is not compared anyway)."""
         need = int(self.spec.weight_bytes * 1.15) + 2 * GIB
         if mem_available() < need:
             error = f"needs {gib(need)} of free memory, {gib(mem_available())} are there"
             say(f"no oracle: it {error}")
             return [{"engine": "resident", "error": error}]
         found = []
+        wanted = [("resident", ["--routing"])]
+        if not self.resident:
+            wanted.append(("ours", ["--ram", str(self.spec.weight_bytes + 2 * GIB)]))
         with Group(None) as group:
-            for engine, options in (
-                ("resident", ["--routing"]),
-                ("ours", ["--ram", str(self.spec.weight_bytes + 2 * GIB)]),
-            ):
+            for engine, options in wanted:
                 r = self.worker(group, engine, options, label=f"{engine}, all in memory, no limit")
                 found.append({**r, "cache": "warm", "all_in_memory": True})
         return found
 
-    def tune(self, base: int) -> list[Run]:
+    def tune(self, limit: int, base: int) -> list[Run]:
         """accelerate with several `max_memory`, few tokens each."""
         found = []
         for share in SHARES:
-            most = int((self.limit - base) * share)
+            most = int((limit - base) * share)
             with self.fresh_group() as group:
                 options = ["--max-memory", str(most)]
                 r = self.worker(group, "accelerate", options, new_tokens=4, label=f"accelerate, max_memory {gib(most)}")
@@ -158,9 +178,10 @@ class Comparison:
         """Ours and the peers alternately; in each round another one goes first."""
         engines: list[str] = self.args.engines
         options = {
-            "ours": ["--ram", str(self.limit)],
-            "accelerate": ["--max-memory", str(max_memory or int(self.limit * 0.5))],
+            "ours": ["--ram", str(self.ram)],
+            "accelerate": ["--max-memory", str(max_memory or int(self.ram * 0.5))],
             "transformers-auto": [],
+            LLAMA_CPP: [],
         }
         runs: list[Run] = []
         dead: set[str] = set()
@@ -184,29 +205,25 @@ class Comparison:
     @contextmanager
     def fresh_group(self) -> Iterator[Group]:
         """A new group with nothing in the page cache."""
-        dropped = drop_caches(self.files)
+        dropped = drop_caches([*self.files, *self.mapped])
         if dropped != "all":
             say(f"not root: only {dropped} dropped from the page cache")
         with Group(self.limit) as group:
-            if not group.limited:
+            if self.limit is not None and not group.limited:
                 say(f"running WITHOUT a memory limit: {group.why}")
             yield group
 
     def worker(
         self, group: Group, engine: str, options: Sequence[str], *, label: str, new_tokens: int | None = None
     ) -> Run:
-        """One `decode.py` in the group; its figures, or what went wrong under `error`."""
+        """One measured process in the group; its figures, or what went wrong under `error`."""
         logits = self.work / f"logits-{next(self._logits)}.safetensors"
         offload_folder = self.work / "accelerate"
-        command = [
-            sys.executable, str(BENCH / "decode.py"), str(self.folder), "--engine", engine, *options,
-            "--prompt-tokens", str(self.args.prompt_tokens), "--new-tokens", str(new_tokens or self.new_tokens),
-            "--logits", str(logits), "--offload-folder", str(offload_folder),
-            *(["--max-seconds", str(self.args.peer_seconds)] if engine != "ours" else []),
-        ]  # fmt: skip
-        with Held(self.limit) as held:
-            release = ["--release", str(held.pid)] if held.pid else []
-            ran = group.run([*command, *release], timeout=self.args.timeout, env=worker_env())
+        with Held(self.ram) as held:
+            command = self.command(
+                engine, options, new_tokens or self.new_tokens, logits, offload_folder=offload_folder, holder=held.pid
+            )
+            ran = group.run(command, timeout=self.args.timeout, env=worker_env())
         shutil.rmtree(offload_folder, ignore_errors=True)
         facts: Run = {"engine": engine}
         error = ran.failure()
@@ -228,6 +245,27 @@ class Comparison:
             say(f"{label}: {error}")
         return facts
 
+    def command(
+        self, engine: str, options: Sequence[str], new_tokens: int, logits: Path, *, offload_folder: Path,
+        holder: int | None,
+    ) -> list[str]:  # fmt: skip
+        """What measures one engine: `decode.py`, or `llama_stream` with the tokens that `decode.py` would feed."""
+        prompt: int = self.args.prompt_tokens
+        if engine == LLAMA_CPP:
+            assert self.llama is not None
+            tokens = decode.stream(self.spec.config["vocab_size"], prompt + new_tokens - 1, decode.SEED)
+            return self.llama.command(
+                self.mapped[0], llama_peer.write_tokens(tokens, self.work / "tokens.txt"), prompt=prompt,
+                threads=len(os.sched_getaffinity(0)), max_seconds=self.args.peer_seconds, logits=logits, holder=holder,
+            )  # fmt: skip
+        return [
+            sys.executable, str(BENCH / "decode.py"), str(self.folder), "--engine", engine, *options,
+            "--prompt-tokens", str(prompt), "--new-tokens", str(new_tokens),
+            "--logits", str(logits), "--offload-folder", str(offload_folder),
+            *(["--max-seconds", str(self.args.peer_seconds)] if engine != "ours" else []),
+            *(["--release", str(holder)] if holder else []),
+        ]  # fmt: skip
+
     def compare(self, oracle: Run | None, runs: Sequence[Run]) -> dict[str, Any]:
         """Each run's choices against the oracle's (or, without one, against the first run's)."""
         done = [r for r in runs if "logits" in r]
@@ -244,10 +282,11 @@ class Comparison:
         return {"reference": name, "unit": "ulps of bfloat16 at the reference's maximum", "runs": found}
 
     def floor(
-        self, bandwidth: float, base: int, references: Sequence[Run], oracle: Run | None, runs: Sequence[Run]
-    ) -> dict[str, Any]:
+        self, limit: int, bandwidth: float, base: int, references: Sequence[Run], oracle: Run | None,
+        runs: Sequence[Run],
+    ) -> dict[str, Any]:  # fmt: skip
         """The least time per token, and ours as a share of it."""
-        room = self.limit - base
+        room = limit - base
         computed = [statistics.median(r["step_s"][1:]) for r in references if len(r.get("step_s", ())) > 1]
         bytes_read: float | None
         lru: float | None = None
@@ -339,7 +378,9 @@ def ratios(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
 
 def equality(reference: Path, other: Path) -> dict[str, Any]:
-    """Positions with the same choice; the worst other choice in ulps below the reference's maximum; equal bits."""
+    """Positions with the same choice; the worst other choice in ulps below the reference's maximum; equal bits; how
+    near the logits of a position are at worst.
+    """
     from safetensors.torch import load_file
 
     a, b = load_file(reference)["logits"], load_file(other)["logits"]
@@ -353,6 +394,7 @@ def equality(reference: Path, other: Path) -> dict[str, Any]:
         "worst_ulps": worst,
         "bit_identical": sum(bool((a[i] == b[i]).all()) for i in range(n)),
         "largest_difference": (a - b).abs().max().item() if n else 0.0,
+        "least_cosine": (a * b).sum(-1).div(a.norm(dim=-1) * b.norm(dim=-1)).min().item() if n else None,
     }
 
 
@@ -405,11 +447,13 @@ def lru_misses(accesses: Sequence[Any], slots: int, warm: Sequence[Any] = ()) ->
     return misses
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", choices=sorted(SPECS))
     p.add_argument("--limit", help="memory of each run (default: the model's, half to two thirds of its weights)")
-    p.add_argument("--engines", nargs="+", choices=("ours", *PEERS), default=["ours", *PEERS])
+    p.add_argument("--resident", action="store_true", help="no limit: all weights in memory, ours and the peers")
+    p.add_argument("--engines", nargs="+", choices=("ours", *PEERS, LLAMA_CPP), help="default: all that can be run")
+    p.add_argument("--llama-cpp", type=Path, metavar="DIR", help="add llama.cpp: its checkout, built under DIR/build")
     p.add_argument("--reps", type=int, default=3, help="rounds of ours, each cold and warm")
     p.add_argument("--peer-reps", type=int, default=2, help="rounds of the peers")
     p.add_argument("--prompt-tokens", type=int, default=16)
@@ -417,16 +461,36 @@ def main() -> int:
     p.add_argument("--peer-seconds", type=float, default=180, help="a peer stops decoding after so long")
     p.add_argument("--timeout", type=float, default=1200, help="seconds after which a process is killed")
     p.add_argument("--scratch", type=Path, default=default_scratch(), help="folder for checkpoints and offload files")
-    p.add_argument("--out", type=Path, help="result file (default: bench/results/MODEL.json)")
-    args = p.parse_args()
-    spec = SPECS[args.model]
+    p.add_argument("--out", type=Path, help="result file (default: bench/results/MODEL.json, or MODEL-resident.json)")
+    return p
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with `engines` and `out` filled in; what cannot go together ends the process."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.resident and args.limit:
+        p.error("--resident is without a limit: give one of --resident and --limit")
+    if args.resident and "accelerate" in (args.engines or ()):
+        p.error("with --resident nothing is offloaded to disk: compare with transformers-auto instead of accelerate")
+    if args.engines is None:
+        args.engines = ["ours", *(peer for peer in PEERS if not (args.resident and peer == "accelerate"))]
+    if args.llama_cpp is not None and LLAMA_CPP not in args.engines:
+        args.engines.append(LLAMA_CPP)
+    if args.llama_cpp is None and LLAMA_CPP in args.engines:
+        p.error("llama.cpp needs --llama-cpp DIR, its built checkout")
+    args.out = args.out or RESULTS / f"{args.model}{'-resident' if args.resident else ''}.json"
+    return args
+
+
+def main() -> int:
+    args = parse()
     try:
-        result = Comparison(spec, args).run()
+        result = Comparison(SPECS[args.model], args).run()
     except BenchError as e:
         say(f"error: {e}")
         return 1
-    out = args.out or RESULTS / f"{spec.name}.json"
-    write_json(out, result)
+    write_json(args.out, result)
     print(tables.render(result))
     return 0
 

@@ -20,6 +20,7 @@ _MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench -->)", re.D
 _OPEN = re.compile(r"<!-- bench:[\w.-]+ -->")
 NAMES = {
     "ours": "**offload**",
+    "llama.cpp": "llama.cpp, bf16, memory-mapped",
     "accelerate": "accelerate, disk offload (best `max_memory` found)",
     "transformers-auto": 'transformers, `device_map="auto"`',
 }
@@ -48,7 +49,7 @@ def _compare(result: Result) -> str:
             continue
         speeds = [_rate(entry[c]["decode_tokens_per_s"]) if c in entry else "–" for c in ("cold", "warm")]
         ratio = result["ratios"].get(engine, {})
-        times = " / ".join(f"{ratio[k]:.1f}×" for k in ("cold_decode", "warm_decode") if k in ratio)
+        times = " / ".join(_times(ratio[k]) for k in ("cold_decode", "warm_decode") if k in ratio)
         start = " / ".join(f"{s['start_to_first_token_s']:.1f} s" for s in states)
         peak = max(s["peak_rss_bytes"] for s in states) / GIB
         lines.append(
@@ -62,12 +63,16 @@ def _setting(result: Result) -> str:
     ours = result["summary"].get("ours", {})
     rounds = max((s["runs"] for s in ours.values() if isinstance(s, dict)), default=0)
     limited = all(s["limited"] for e in result["summary"].values() for s in e.values() if isinstance(s, dict))
-    where = f"in a memory cgroup of {result['limit_bytes'] / GIB:.3g} GiB" if limited else "WITHOUT a memory limit"
+    if result.get("resident"):
+        where = "all in memory"
+    else:
+        where = f"in a memory cgroup of {result['limit_bytes'] / GIB:.3g} GiB" if limited else "WITHOUT a memory limit"
+    machine = _machine(m) + (f", llama.cpp {result['llama_cpp']}" if result.get("llama_cpp") else "")
     return (
         f"{result['name']}: {model['weight_bytes'] / GIB:.2f} GiB of random bf16 weights {where}; "
         f"{result['new_tokens']} tokens, fed one at a time, after a prompt of {result['prompt_tokens']}; cold / warm; "
         f"median of {rounds} rounds; ratio: offload's tokens/s over the engine's. "
-        f"{_machine(m)}, disk {result['disk']['bandwidth'] / 1e9:.2f} GB/s, "
+        f"{machine}, disk {result['disk']['bandwidth'] / 1e9:.2f} GB/s, "
         f"{result['date'].split()[0]}."
     )
 
@@ -212,6 +217,10 @@ def _machine(m: Result) -> str:
 
 def _rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:.2f}" if tokens_per_s < 10 else f"{tokens_per_s:.1f}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}×" if ratio >= 2 else f"{ratio:.2f}×"
 
 
 _RENDERERS: dict[str, Callable[[Result], str]] = {

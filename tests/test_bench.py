@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +29,10 @@ import common  # noqa: E402
 import compare  # noqa: E402
 import decode  # noqa: E402
 import disk  # noqa: E402
+import gguf_write  # noqa: E402
 import gpu_check  # noqa: E402
 import limit  # noqa: E402
+import llama_peer  # noqa: E402
 import predict  # noqa: E402
 import regret  # noqa: E402
 import startup  # noqa: E402
@@ -242,6 +247,7 @@ def test_equality_of_logits(tmp_path: Path) -> None:
     save_file({"logits": b[:2]}, tmp_path / "b")
     found = compare.equality(tmp_path / "a", tmp_path / "b")
     assert (found["positions"], found["equal"], found["bit_identical"]) == (2, 1, 1)
+    assert found["least_cosine"] == pytest.approx(3.5 / (5 * 3.25) ** 0.5)
     assert found["worst_ulps"] == 1.0 / 2**-6  # bf16 numbers from 2 to 4 are 2⁻⁶ apart
 
 
@@ -259,6 +265,364 @@ def run(engine: str, cache: str, rate: float) -> dict[str, Any]:
         "engine": engine, "cache": cache, "decode_tokens_per_s": rate, "load_s": 1.0, "ttft_s": 2.0,
         "start_to_first_token_s": 4.0, "peak_rss_bytes": 1 << 30, "new_tokens": 8, "limit": {"limited": True},
     }  # fmt: skip
+
+
+# llama.cpp
+
+
+def stored(name: str, scratch: Path) -> tuple[dict[str, Any], gguf_write.Stored]:
+    return checkpoints.SPECS[name].config, gguf_write.Stored(checkpoints.make(checkpoints.SPECS[name], scratch))
+
+
+def as_float(bits: Any) -> torch.Tensor:
+    return torch.from_numpy(bits.astype("int32") << 16).view(torch.float32)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_tensor_has_its_place_in_the_gguf_file(name: str, scratch: Path) -> None:
+    config, source = stored(name, scratch)
+    planned = {t.name: t for t in gguf_write.tensors(config, source)}
+    assert sorted(s for t in planned.values() for s in t.sources) == sorted(source.entries)
+    wide = {n for n, t in planned.items() if t.wide}
+    assert wide == {n for n in planned if "norm" in n or "ffn_gate_inp" in n}
+    permuted = {n.split(".", 2)[-1]: t.heads for n, t in planned.items() if t.heads}
+    if name == "llama-3b-small":
+        assert permuted == {"attn_q.weight": 6, "attn_k.weight": 2}
+        assert planned["blk.3.ffn_down.weight"].shape == (192, 512)
+    else:
+        assert permuted == {}
+        experts = planned["blk.2.ffn_down_exps.weight"]
+        assert experts.shape == (16, 128, 64)
+        got = gguf_write.values(experts, source).view("uint16").reshape(experts.shape)
+        assert (got[5] == source.bits("model.layers.2.mlp.experts.5.down_proj.weight")).all()
+        assert {"blk.0.attn_q_norm.weight", "blk.0.attn_k_norm.weight"} <= wide
+        router = gguf_write.values(planned["blk.1.ffn_gate_inp.weight"], source)
+        assert router.dtype == "float32"
+        assert torch.equal(torch.from_numpy(router), as_float(source.bits("model.layers.1.mlp.gate.weight")))
+
+
+def test_permuted_rows_turn_as_neighbours_as_they_did_as_halves() -> None:
+    heads, dim = 3, 8
+    turned = torch.polar(torch.ones(dim // 2), torch.linspace(0.1, 2.0, dim // 2))
+    x = torch.randn(heads, dim, generator=torch.Generator().manual_seed(0))
+    halves = torch.complex(x[:, : dim // 2], x[:, dim // 2 :]) * turned  # transformers: i with i + d/2
+    want = torch.cat([halves.real, halves.imag], 1)
+    rows = torch.from_numpy(gguf_write.permute(x.reshape(-1, 1).numpy(), heads)).reshape(heads, dim)
+    neighbours = torch.view_as_real(torch.view_as_complex(rows.reshape(heads, -1, 2).contiguous()) * turned)
+    got = gguf_write.permute(want.reshape(-1, 1).numpy(), heads).reshape(heads, dim)
+    assert torch.allclose(neighbours.reshape(heads, dim), torch.from_numpy(got), atol=1e-6)
+    assert not torch.equal(rows, x)
+
+
+def test_facts_of_the_model_as_llama_cpp_names_them() -> None:
+    facts = gguf_write.facts(checkpoints.SPECS["olmoe"].config)
+    assert facts["expert_count"] == 64
+    assert facts["expert_used_count"] == 8
+    assert facts["rope.dimension_count"] == 64
+    assert facts["rope.freq_base"] == 500000.0
+    newer = {**checkpoints.SPECS["llama-3b"].config, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
+    del newer["rope_theta"]
+    facts = gguf_write.facts(newer)
+    assert (facts["attention.head_count"], facts["attention.head_count_kv"], facts["rope.freq_base"]) == (24, 8, 7.0)
+    assert "expert_count" not in facts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "'mamba' cannot be written; llama and olmoe can"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "scaled rotary"),
+        ({"attention_bias": True}, "biases"),
+        ({"norm_topk_prob": True}, "norm_topk_prob"),
+        ({"clip_qkv": 8.0}, "clip_qkv"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(change: dict[str, Any], message: str) -> None:
+    config = checkpoints.SPECS["olmoe"].config
+    assert gguf_write.check(config) == "olmoe"
+    with pytest.raises(common.BenchError, match=message):
+        gguf_write.check({**config, **change})
+
+
+def test_a_tensor_without_a_place_or_of_another_type_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    names = ["model.embed_tokens.weight", "model.norm.weight", "model.extra.weight"]
+    save_file({n: torch.zeros(4, 4, dtype=torch.bfloat16) for n in names}, tmp_path / "model.safetensors")
+    config = {"model_type": "llama", "num_attention_heads": 1, "num_hidden_layers": 0}
+    with pytest.raises(common.BenchError, match=r"holds model\.extra\.weight"):
+        list(gguf_write.tensors(config, gguf_write.Stored(tmp_path)))
+    save_file({n: torch.zeros(4) for n in names[:2]}, tmp_path / "model.safetensors")
+    with pytest.raises(common.BenchError, match=r"embed_tokens\.weight is F32"):
+        list(gguf_write.tensors(config, gguf_write.Stored(tmp_path)))
+
+
+def test_tied_embeddings_are_written_once_where_llama_cpp_knows_them(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tied = {"model.embed_tokens.weight": torch.ones(4, 4, dtype=torch.bfloat16),
+            "model.norm.weight": torch.ones(4, dtype=torch.bfloat16)}  # fmt: skip
+    save_file(tied, tmp_path / "model.safetensors")
+    for family, heads in (("llama", set()), ("olmoe", {"output.weight"})):
+        config = {"model_type": family, "num_attention_heads": 1, "num_hidden_layers": 0}
+        names = {t.name for t in gguf_write.tensors(config, gguf_write.Stored(tmp_path))}
+        assert names == {"token_embd.weight", "output_norm.weight"} | heads
+
+
+def test_gguf_file_is_read_back_as_it_should_be(scratch: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    config, source = stored("olmoe-small", scratch)
+    assert gguf_write.main([str(scratch / "olmoe-small"), str(tmp_path / "m.gguf")]) == 0
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.get_field("olmoe.expert_used_count").contents() == 4
+    assert reader.get_field("tokenizer.ggml.model").contents() == "no_vocab"
+    planned = {t.name: t for t in gguf_write.tensors(config, source)}
+    assert {t.name for t in reader.tensors} == set(planned)
+    for t in reader.tensors:
+        assert t.tensor_type.name == ("F32" if planned[t.name].wide else "BF16")
+        assert tuple(reversed(t.shape.tolist())) == planned[t.name].shape
+        assert t.data.tobytes() == gguf_write.values(planned[t.name], source).tobytes()
+
+
+def test_without_gguf_it_says_how_to_get_it(
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    folder = checkpoints.make(checkpoints.SPECS["olmoe-small"], scratch)
+    assert gguf_write.main([str(folder), str(tmp_path / "out.gguf")]) == 1
+    assert "pip install gguf" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+VOCAB = 512
+# the part of llama.h that is used; a step's logits tell every token fed so far and its position
+LLAMA_H = """
+#include <stdbool.h>
+#include <stdint.h>
+enum ggml_log_level { GGML_LOG_LEVEL_INFO = 2, GGML_LOG_LEVEL_WARN = 3, GGML_LOG_LEVEL_ERROR = 4 };
+typedef int32_t llama_token;
+struct llama_model_params { int n_gpu_layers; };
+struct llama_context_params { uint32_t n_ctx, n_batch; int n_threads, n_threads_batch; };
+struct llama_batch { int n_tokens; llama_token * token; };
+struct llama_model; struct llama_context; struct llama_vocab;
+void llama_log_set(void (*f)(enum ggml_log_level, const char *, void *), void * data);
+void llama_backend_init(void);
+struct llama_model_params llama_model_default_params(void);
+struct llama_context_params llama_context_default_params(void);
+struct llama_model * llama_model_load_from_file(const char * path, struct llama_model_params p);
+struct llama_context * llama_init_from_model(struct llama_model * m, struct llama_context_params p);
+const struct llama_vocab * llama_model_get_vocab(const struct llama_model * m);
+int32_t llama_vocab_n_tokens(const struct llama_vocab * v);
+struct llama_batch llama_batch_get_one(llama_token * t, int32_t n);
+int32_t llama_decode(struct llama_context * c, struct llama_batch b);
+float * llama_get_logits_ith(struct llama_context * c, int32_t i);
+uint32_t llama_n_ctx(const struct llama_context * c);
+const char * llama_print_system_info(void);
+void llama_free(struct llama_context * c);
+void llama_model_free(struct llama_model * m);
+"""
+LLAMA_C = """
+#include <stdio.h>
+#include "llama.h"
+static char object; static float logits[512]; static unsigned state, fed, room;
+static void (*logger)(enum ggml_log_level, const char *, void *);
+void ggml_backend_load_all(void) {}
+void llama_log_set(void (*f)(enum ggml_log_level, const char *, void *), void * data) { (void) data; logger = f; }
+void llama_backend_init(void) {}
+struct llama_model_params llama_model_default_params(void) { return (struct llama_model_params){99}; }
+struct llama_context_params llama_context_default_params(void) { return (struct llama_context_params){0, 4, 4, 4}; }
+struct llama_model * llama_model_load_from_file(const char * path, struct llama_model_params p) {
+    FILE * f = fopen(path, "r");
+    logger(GGML_LOG_LEVEL_INFO, "loading\\n", 0);
+    return f && p.n_gpu_layers == 0 ? (struct llama_model *) &object : 0;
+}
+struct llama_context * llama_init_from_model(struct llama_model * m, struct llama_context_params p) {
+    (void) m; room = p.n_ctx;
+    return p.n_batch >= 16 && p.n_threads == p.n_threads_batch ? (struct llama_context *) &object : 0;
+}
+const struct llama_vocab * llama_model_get_vocab(const struct llama_model * m) { return (void *) m; }
+int32_t llama_vocab_n_tokens(const struct llama_vocab * v) { (void) v; return 512; }
+struct llama_batch llama_batch_get_one(llama_token * t, int32_t n) { return (struct llama_batch){n, t}; }
+int32_t llama_decode(struct llama_context * c, struct llama_batch b) {
+    (void) c;
+    for (int i = 0; i < b.n_tokens; i++) state = (state * 31 + b.token[i] + fed++) % 512;
+    for (int i = 0; i < 512; i++) logits[i] = i == (int) state ? 3.5f : 0.25f;
+    return fed > room;
+}
+float * llama_get_logits_ith(struct llama_context * c, int32_t i) { (void) c; return i == -1 ? logits : 0; }
+uint32_t llama_n_ctx(const struct llama_context * c) { (void) c; return room; }
+const char * llama_print_system_info(void) { return "CPU : \\"X\\" = 1"; }
+void llama_free(struct llama_context * c) { (void) c; }
+void llama_model_free(struct llama_model * m) { (void) m; }
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a built llama.cpp looks like from here, with a stub for the libraries and without gguf."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+    root = tmp_path_factory.mktemp("llama.cpp")
+    for folder in ("include", "ggml/include", "build/bin", "build/common", "gguf-py/gguf"):
+        (root / folder).mkdir(parents=True)
+    (root / "include" / "llama.h").write_text(LLAMA_H)
+    (root / "ggml" / "include" / "ggml-backend.h").write_text("void ggml_backend_load_all(void);\n")
+    (root / "gguf-py" / "gguf" / "__init__.py").write_text("raise RuntimeError('its own')\n")
+    (root / "build" / "llama.pc").write_text("Name: llama\nVersion: 0.5.0-dev\n")
+    (root / "build" / "common" / "build-info.cpp").write_text('char const * LLAMA_COMMIT = "0c1e570";\n')
+    (root / "stub.c").write_text(LLAMA_C)
+    for name in llama_peer.LIBRARIES:
+        source = ["stub.c"] if name == "llama" else ["-xc", os.devnull]
+        out = f"build/bin/lib{name}.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-Iinclude", "-o", out, *source], cwd=root, check=True)
+    return root
+
+
+def arguments(*argv: str) -> Any:
+    return compare.parse(["olmoe-small", *argv])
+
+
+def test_llama_cpp_is_measured_like_the_others(checkout: Path, scratch: Path) -> None:
+    folder = checkpoints.make(checkpoints.SPECS["olmoe-small"], scratch)
+    folder.with_name("olmoe-small.gguf").write_text("the stub only opens it")
+    args = arguments("--llama-cpp", str(checkout), "--scratch", str(scratch), "--limit", "32MiB", "--new-tokens", "6")
+    one = compare.Comparison(checkpoints.SPECS["olmoe-small"], args)
+    with limit.Group(None) as group:
+        ran = one.worker(group, "llama.cpp", [], label="llama.cpp")
+    assert "error" not in ran
+    assert ran["limit"]["memory_held_ready"]
+    state, want = 0, []
+    for at, token in enumerate(decode.stream(VOCAB, 21, decode.SEED)):
+        state = (state * 31 + token + at) % VOCAB
+        want.append(state)
+    assert ran["argmax"] == want[15:]
+    assert (ran["new_tokens"], ran["prompt_tokens"], len(ran["step_s"])) == (6, 16, 6)
+    assert ran["settings"] == {"n_ctx": 22, "system": "CPU : X = 1"}
+    assert 0 < ran["base_rss_bytes"] <= ran["peak_rss_bytes"] < 1 << 30
+    assert 0 < ran["load_s"] + ran["ttft_s"] < ran["start_to_first_token_s"] < 60
+    assert ran["decode_tokens_per_s"] > 5 / 60
+    same = compare.equality(ran["logits"], ran["logits"])
+    assert (same["positions"], same["bit_identical"]) == (6, 6)
+    # what tables and ratios read is there
+    rows = compare.summarise([{**ran, "cache": "cold"}])
+    assert rows["llama.cpp"]["cold"]["runs"] == 1
+
+
+def test_what_every_engine_prints_llama_stream_prints_too(
+    checkout: Path, scratch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoints.make(checkpoints.SPECS["llama-3b-small"], scratch)
+    monkeypatch.setattr(sys, "argv", ["decode.py", str(folder), "--engine", "resident", "--new-tokens", "3"])
+    assert decode.main() == 0
+    theirs = json.loads(capsys.readouterr().out)
+    built = llama_peer.build(checkout, tmp_path / "stream")
+    tokens = llama_peer.write_tokens(range(18), tmp_path / "tokens")
+    command = built.command(
+        folder / "config.json", tokens, prompt=16, threads=2, max_seconds=1e-9, logits=tmp_path / "l", holder=None
+    )
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout).keys() == theirs.keys()
+    assert done.stderr == "", "only problems are logged"
+    missing = subprocess.run([command[0], "no such file", *command[2:]], capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (1, "llama.cpp cannot load the model\n")
+    short = subprocess.run([*command[:3], "19", *command[4:]], capture_output=True, text=True)
+    assert short.returncode == 1
+    assert "PROMPT must be" in short.stderr
+
+
+def test_llama_stream_frees_the_memory_held_and_stops_when_the_time_is_up(checkout: Path, tmp_path: Path) -> None:
+    built = llama_peer.build(checkout, tmp_path / "stream")
+    tokens = llama_peer.write_tokens(range(40), tmp_path / "tokens")
+    with subprocess.Popen(["sleep", "60"]) as holder:
+        command = built.command(
+            tokens, tokens, prompt=16, threads=2, max_seconds=1e-9, logits=tmp_path / "l", holder=holder.pid
+        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        ended = holder.poll()
+        holder.kill()
+    assert ended == -signal.SIGKILL, "what held the memory is ended first"
+    assert json.loads(done.stdout)["new_tokens"] == 3
+    assert compare.equality(tmp_path / "l", tmp_path / "l")["positions"] == 3
+
+
+def test_llama_cpp_version_and_what_a_checkout_lacks(checkout: Path, tmp_path: Path) -> None:
+    assert llama_peer.version(checkout) == "0.5.0-dev, commit 0c1e570"
+    nested = tmp_path / "sdist" / "vendor" / "llama.cpp"
+    nested.mkdir(parents=True)
+    (tmp_path / "sdist" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 0.3.36\n")
+    assert llama_peer.version(nested) == "llama-cpp-python 0.3.36"
+    assert llama_peer.version(tmp_path) == "unknown version"
+    with pytest.raises(common.BenchError, match=r"no libllama\.so under .*cmake --build"):
+        llama_peer.build(nested, tmp_path / "out")
+    (nested / "build" / "bin").mkdir(parents=True)
+    (nested / "build" / "bin" / "libllama.so").touch()
+    with pytest.raises(common.BenchError, match=r"has no include/llama\.h"):
+        llama_peer.build(nested, tmp_path / "out")
+
+
+def test_gguf_file_is_kept_until_the_checkpoint_is_newer(checkout: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / checkpoints.INDEX).write_text("{}")
+    with pytest.raises(common.BenchError, match=r"model\.gguf was not written: RuntimeError: its own"):
+        llama_peer.gguf(folder, checkout, 1)
+    out = tmp_path / "model.gguf"
+    out.touch()
+    assert llama_peer.gguf(folder, checkout, 1) == out
+    os.utime(out, (1, 1))
+    with pytest.raises(common.BenchError, match=r"needs .* of disk"):
+        llama_peer.gguf(folder, checkout, 1 << 60)
+
+
+def test_engines_and_result_file_of_a_comparison() -> None:
+    assert arguments().engines == ["ours", "accelerate", "transformers-auto"]
+    assert arguments("--llama-cpp", "x").engines == ["ours", "accelerate", "transformers-auto", "llama.cpp"]
+    assert arguments("--llama-cpp", "x", "--engines", "ours").engines == ["ours", "llama.cpp"]
+    assert arguments("--llama-cpp", "x", "--engines", "llama.cpp", "ours").engines == ["llama.cpp", "ours"]
+    assert arguments("--resident").engines == ["ours", "transformers-auto"]
+    assert arguments().out == common.RESULTS / "olmoe-small.json"
+    assert arguments("--resident").out == common.RESULTS / "olmoe-small-resident.json"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--engines", "ours", "llama.cpp"], "needs --llama-cpp DIR"),
+        (["--resident", "--limit", "3GiB"], "give one of"),
+        (["--resident", "--engines", "accelerate"], "transformers-auto instead"),
+    ],
+)
+def test_options_that_do_not_go_together(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        arguments(*argv)
+    assert message in capsys.readouterr().err
+
+
+def test_resident_runs_get_what_they_need_and_no_limit(scratch: Path) -> None:
+    spec = checkpoints.SPECS["olmoe-small"]
+    one = compare.Comparison(spec, arguments("--resident", "--scratch", str(scratch)))
+    assert (one.limit, one.ram) == (None, spec.weight_bytes + (2 << 30))
+    command = one.command("ours", ["--ram", "1"], 6, Path("l"), offload_folder=Path("o"), holder=7)
+    assert command[-2:] == ["--release", "7"]
+    assert "--max-seconds" not in command
+    command = one.command("resident", [], 6, Path("l"), offload_folder=Path("o"), holder=None)
+    assert "--release" not in command
+    assert command[command.index("--new-tokens") + 1] == "6"
+    assert "--max-seconds" in command
+
+
+def test_table_of_a_resident_comparison() -> None:
+    unlimited = {"limit": {"limited": False}}
+    runs = [{**run("ours", "warm", 1.9), **unlimited}, {**run("llama.cpp", "warm", 2.0), **unlimited}]
+    text = tables.render({
+        **fixture_result(), "name": "olmoe", "resident": True, "limit_bytes": None, "llama_cpp": "0.5.0-dev",
+        "summary": compare.summarise(runs), "ratios": compare.ratios(runs), "floor": compare.NO_FLOOR,
+    })  # fmt: skip
+    assert "| llama.cpp, bf16, memory-mapped | – | 2.00 | 0.95× |" in text
+    assert "random bf16 weights all in memory; 8 tokens" in text
+    assert ", llama.cpp 0.5.0-dev, disk" in text
+    assert "Floor" not in text
+    assert "WITHOUT" not in text
 
 
 # startup and tables
