@@ -323,7 +323,8 @@ class Engine:
         return ExpertLookahead(self._memory.compute, keys, gates, most)
 
     def _layer_experts(self, group: ExpertGroup, number: int) -> LayerExperts:
-        specs = {e.block.key: e.specs for e in group.blocks}
+        own = self.device.own_memory
+        specs = {e.block.key: e.on_device if own else e.specs for e in group.blocks}
 
         def views(lease: Lease) -> dict[str, torch.Tensor]:
             return {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
