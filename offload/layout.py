@@ -45,7 +45,7 @@ class TensorSpec:
 
     def views(self, slots: torch.Tensor) -> torch.Tensor:
         """The tensor inside each of `slots` (uint8 [n, bytes]): [n, *shape], n apart as the slots are."""
-        return slots[:, self.dst : self.dst + self.nbytes].view(self.dtype).unflatten(1, self.shape)
+        return slots[:, self.dst : self.dst + self.nbytes].view(self.dtype).view(-1, *self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,10 @@ class Residency:
         with self._lock:
             return self._entries[key].slot if self.resident(key) else None
 
+    def nbytes(self, key: str) -> int:
+        """Bytes of the block's tensors."""
+        return self._entries[key].block.nbytes
+
     def knows(self, key: str) -> bool:
         """Whether the block has a place in this tier: it is here, on its way, or may come."""
         with self._lock:

@@ -31,7 +31,7 @@ def _moves(block: Block) -> tuple[Move, ...]:
 
 
 class UpLink:
-    """`Link` from `below` to a device, where a block's `moves` place it; `direct`, if given, reads into the device's slots."""
+    """`Link` from `below` to a device, where a block's `moves` place it; `direct`, if given, reads into its slots."""
 
     name = "link"
     poll_s = 0.0005  # the tier below has no way to call up, so it is asked
