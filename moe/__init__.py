@@ -1,7 +1,7 @@
 """Mixture-of-Experts: the experts function over blocks, what is fetched ahead, what is known of routing.
 
-Knows nothing of KV. Wired into the engine so far: `experts`, `kernels`, `lookahead`. The policies, predictors and
-traces are tested on replays (`moe.replay`, made-up traces in `moe.synthetic`) and wait for being compared on real
+Knows nothing of KV. Wired into the engine so far: `experts`, `grouped`, `kernels`, `lookahead`. The policies, predictors
+and traces are tested on replays (`moe.replay`, made-up traces in `moe.synthetic`) and wait for being compared on real
 routing.
 """
 

@@ -26,7 +26,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 MAX_GROUPS = 1023  # of torch's CUDA kernel, which has one thread for each
-GATHER_ROWS = 64  # most (token, k) places for `GATHER`: beyond, the same expert is copied again and again
+GATHER_ROWS = 32  # most (token, k) places for `GATHER`: beyond, the same expert is copied again and again
 GATHER_EXPERT = 16 << 20  # bytes of the largest matrix copied: some 50 µs more at 1 TB/s, about what launches cost
 _ALIGN = 16  # bytes, of rows and starts of matrices, asked for by `grouped_mm`
 
