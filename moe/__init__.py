@@ -1,8 +1,8 @@
 """Mixture-of-Experts: the experts function over blocks, what is fetched ahead, what is known of routing.
 
-Knows nothing of KV. Wired into the engine so far: `experts`, `grouped`, `kernels`, `lookahead`. The policies, predictors
-and traces are tested on replays (`moe.replay`, made-up traces in `moe.synthetic`) and wait for being compared on real
-routing.
+Knows nothing of KV. Wired into the engine so far: `experts`, `grouped`, `kernels`, `lookahead`. The policies,
+predictors and traces are tested on replays (`moe.replay`, made-up traces in `moe.synthetic`) and wait for being
+compared on real routing.
 """
 
 from moe.experts import ExpertsModule, LayerExperts
