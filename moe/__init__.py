@@ -2,9 +2,9 @@
 
 Knows nothing of KV. The way of one token through a layer: its router is heard and told to whoever wants to know
 (`lookahead`: the cache's policy, the predictor, the recorder), the experts that are there are computed, the others as
-they arrive (`experts`, `kernels`), and meanwhile what the next layer will choose is foreseen (`gates`, `predictors`)
-and fetched. `choices` names what can be chosen, `replay` compares it on traces, recorded (`traces`) or made up
-(`synthetic`).
+they arrive (`experts`, `kernels`, on a device `grouped`), and meanwhile what the next layer will choose is foreseen
+(`gates`, `predictors`) and fetched. `choices` names what can be chosen, `replay` compares it on traces, recorded
+(`traces`) or made up (`synthetic`).
 """
 
 from moe.experts import ExpertsModule, LayerExperts

@@ -4,6 +4,9 @@ Each expert that any token chose is computed once, ready ones first, the others 
 goes to its (token, k) place and the places are summed in k order when all have arrived, so that neither the arrival
 order nor the placement ever shows in the result.
 
+On a device they are computed by one product per matrix (`moe.grouped`): all that are resident, then those that arrive.
+Where every expert of the layer stays, the host does not even ask which were chosen.
+
 On the CPU, experts of few tokens go to the kernel (`moe.kernels`), all that are at hand in one call. Which ones do is
 decided by how many tokens chose them, never by what is here first.
 """
@@ -17,6 +20,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
+from moe.grouped import Form, Grouped, Standing
 from moe.kernels import Kernel, Matrices, matrices
 from moe.lookahead import ExpertLookahead
 from tiers import Lease, Residency
@@ -44,7 +48,8 @@ class LayerExperts:
     """One layer's experts: `keys[e]` is the block of expert e, `views(lease)` its matrices.
 
     `views` returns tensors by parameter name (`gate_up_proj` or `up_proj`, `down_proj`, and their `_bias`), each
-    with the leading expert dimension removed. With a `kernel`, it computes what it can; without, torch does.
+    with the leading expert dimension removed. With a `kernel` or `grouped`, these compute what they can; without, torch
+    does, expert by expert.
     """
 
     def __init__(
@@ -57,8 +62,13 @@ class LayerExperts:
         kernel: Kernel | None = None,
         ahead: ExpertLookahead | None = None,
         number: int = 0,
+        grouped: Grouped | None = None,
+        stays: bool = False,
     ) -> None:
-        """`lookahead` transfers are asked for at once; `ahead` is told what layer `number` needs."""
+        """`lookahead` transfers are asked for at once; `ahead` is told what layer `number` needs.
+
+        `stays`: all of the layer's experts are loaded before the first call, and none is ever evicted.
+        """
         self._residency = residency
         self._keys = keys
         self._views = views
@@ -68,6 +78,9 @@ class LayerExperts:
         self._at: dict[int, tuple[int, torch.dtype, Matrices | None]] = {}  # expert → (slot, dtype, weights there)
         self._ahead = ahead
         self._number = number
+        self.grouped = grouped
+        self._stays = stays
+        self._stand: Standing | None = None  # where they stay, once looked up
 
     def forward(
         self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -75,10 +88,15 @@ class LayerExperts:
         """hidden [T, H], index [T, k] int64, weights [T, k] → [T, H]; indices ≥ num_experts contribute nothing."""
         if self._ahead is not None:
             index = self._ahead.routed(self._number, hidden, index, weights)
+        form = self.grouped.form(index.numel(), hidden.dtype) if self.grouped is not None else None
+        if form is not None and self._ahead is None and (standing := self._standing(form)) is not None:
+            return self._all(module, hidden, index, weights, standing, form)
         top_k = index.size(-1)
         flat = index.reshape(-1)  # [T·k]
+        counts = torch.bincount(flat.cpu(), minlength=len(self._keys)).tolist()  # the one time the host waits
+        if form is not None:
+            return self._by_groups(module, hidden, index, weights, counts, form)
         order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=len(self._keys)).tolist()
         places: dict[int, slice] = {}  # expert → where in `order` its (token, k) places are
         start = 0
         for e, n in enumerate(counts):
@@ -109,6 +127,45 @@ class LayerExperts:
                 for _, lease in group:
                     lease.release()
         return out.view(*index.shape, -1).sum(dim=-2).to(hidden.dtype)
+
+    def _standing(self, form: Form) -> Standing | None:
+        """Where all experts stay, if they do and one product can reach them."""
+        assert self.grouped is not None
+        if self._stays and self._stand is None:
+            slots = {e: s for e, k in enumerate(self._keys) if (s := self._residency.slot_of(k)) is not None}
+            assert len(slots) == len(self._keys), "experts that stay are loaded first"
+            pools = (self._residency.pool_of(k) for k in self._keys)
+            self._stand = self.grouped.standing({e: p.number(slots[e]) for e, p in enumerate(pools)})
+        return self._stand if self._stand is not None and self.grouped.reaches(self._stand, form) else None
+
+    def _all(
+        self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor,
+        standing: Standing, form: Form,
+    ) -> torch.Tensor:  # fmt: skip
+        """Where every expert stays. Nothing is leased: nothing is evicted. How many were chosen is not known here."""
+        assert self.grouped is not None
+        used = min(index.numel(), len(self._keys)) * self._residency.nbytes(self._keys[0])
+        self._residency.counters.needed += used
+        self._residency.counters.hit += used
+        return self.grouped.all(module, hidden, index, weights, standing, form)
+
+    def _by_groups(
+        self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor,
+        counts: Sequence[int], form: Form,
+    ) -> torch.Tensor:  # fmt: skip
+        """The experts that are resident in one go, then whatever has arrived by then, until all have."""
+        assert self.grouped is not None
+        chosen = [e for e in range(len(self._keys)) if counts[e]]
+        places = self.grouped.places(index)
+        out = hidden.new_zeros(places.numel(), hidden.size(-1))  # [T·k, H]
+        for group in self._arriving(chosen, len(self._keys)):
+            try:
+                here = {e: self._residency.pool_of(lease.key).number(lease.slot) for e, lease in group}
+                self.grouped.some(out, module, hidden, places, weights, counts, here, chosen, form)
+            finally:
+                for _, lease in group:
+                    lease.release()
+        return self.grouped.summed(out, index, hidden)
 
     def _activation(self, module: ExpertsModule, hidden: torch.Tensor) -> int | None:
         """How the kernel is to compute this module; None if it cannot."""

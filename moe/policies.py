@@ -71,6 +71,7 @@ class RouterScore:
         self._of: dict[str, _Layer] = {}
         self._strange = _Layer(())  # blocks of layers not routed yet
         self._now = 0  # routings so far
+        self._known = 0  # layers whose blocks are sorted in
 
     def routed(self, keys: Sequence[str], probabilities: NDArray[np.floating]) -> None:
         """See `HearsRouter`."""
@@ -120,6 +121,9 @@ class RouterScore:
 
     def _sort_in(self) -> None:
         """Blocks that came before their layer was first routed join it."""
+        known, self._known = self._known, len(self._layers)
+        if known == self._known:
+            return  # no layer was routed for the first time: nothing to look through
         for key in [k for k in self._strange.here if k in self._of]:
             del self._strange.here[key]
             self._strange.changed()

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from kvstore import make_cache
-from moe import LayerExperts, kernels
+from moe import LayerExperts, grouped, kernels
 from offload import graphs, hardware, hf, launches
 from offload.binding import Binder
 from offload.config import RunConfig
@@ -312,7 +312,8 @@ class Engine:
         self.hf.forward = self._hf_forward
 
     def _layer_experts(self, group: ExpertGroup, number: int) -> LayerExperts:
-        specs = {e.block.key: e.specs for e in group.blocks}
+        own = self.device.own_memory
+        specs = {e.block.key: e.on_device if own else e.specs for e in group.blocks}
 
         def views(lease: Lease) -> dict[str, torch.Tensor]:
             return {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
@@ -326,7 +327,18 @@ class Engine:
             kernel=kernels.load() if self.device.torch_device.type == "cpu" else None,
             ahead=self.experts.lookahead,
             number=number,
+            grouped=self._grouped(group) if grouped.supported(self.device.torch_device) else None,
+            stays=self.plan.everything_fits,
         )
+
+    def _grouped(self, group: ExpertGroup) -> grouped.Grouped:
+        """One product per matrix for these experts, which lie alike in the slots of their pool."""
+        first = group.blocks[0]
+        memory = self._memory.compute.pool_of(first.block.key).memory
+        views = grouped.PoolViews({s.name: s.views(memory) for s in first.on_device})
+        room = self.plan.activations // 2  # set aside for the temporaries of a prompt: few tokens leave most of it
+        capability = grouped.capability_of(memory.device)
+        return grouped.Grouped(len(group.blocks), views, room=room, capability=capability)
 
     def _wrap(self, module: nn.Module, around: Callable[[], Any], *, is_head: bool) -> None:
         forward = module.forward

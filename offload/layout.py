@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from offload import hf
 from offload.gather import Extent, Gather
-from tiers import PAGE, Block, ModelError, Segment
+from tiers import PAGE, Block, ModelError, Move, Segment
 
 DIRECT_MIN = 64 << 10  # shorter runs are cheaper through the bounce buffer than padded to pages
 PARTS = 4  # blocks of a layer's dense part: attention, gate, up and down are about equal in common shapes
@@ -42,6 +42,10 @@ class TensorSpec:
     def view(self, slot: torch.Tensor) -> torch.Tensor:
         """The tensor inside `slot` (flat uint8); shares its memory."""
         return slot[self.dst : self.dst + self.nbytes].view(self.dtype).view(self.shape)
+
+    def views(self, slots: torch.Tensor) -> torch.Tensor:
+        """The tensor inside each of `slots` (uint8 [n, bytes]): [n, *shape], n apart as the slots are."""
+        return slots[:, self.dst : self.dst + self.nbytes].view(self.dtype).view(-1, *self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +73,22 @@ class CastCodec:
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """A block and the tensors in it, by full parameter name."""
+    """A block and the tensors in it, by full parameter name.
+
+    On a device they lie as `on_device` says, where that is not empty.
+    """
 
     block: Block
     specs: tuple[TensorSpec, ...]
+    on_device: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertGroup:
-    """The experts of one experts module: `blocks[e]` holds expert e, specs named by parameter."""
+    """The experts of one experts module: `blocks[e]` holds expert e, specs named by parameter.
+
+    On a device each has its tensors in the same places, so that one product can reach them all.
+    """
 
     module: str
     top_k: int
@@ -186,6 +197,24 @@ def lay_out(key: str, params: Sequence[Param]) -> LaidOut:
     return LaidOut(Block(key, sum(s.nbytes for s in specs), max(end, 1), tuple(segments)), tuple(specs))
 
 
+def alike(laid: LaidOut, names: Sequence[str]) -> LaidOut:
+    """The same block, its tensors on a device in the order of `names`, cache lines apart.
+
+    On the host each lies as it does in its file, modulo the page, and so in another place in every expert.
+    """
+    by_name = {s.name: s for s in laid.specs}
+    there: list[TensorSpec] = []
+    end = 0
+    for name in names:
+        there.append(replace(by_name[name], dst=-(-end // ALIGN) * ALIGN))
+        end = there[-1].dst + there[-1].nbytes
+    moves = [Move(by_name[s.name].dst, by_name[s.name].dst + s.nbytes, s.dst) for s in there]
+    block = replace(
+        laid.block, slot_nbytes=max(laid.block.slot_nbytes, end), moves=tuple(sorted(moves, key=lambda m: m.start))
+    )
+    return replace(laid, block=block, on_device=tuple(there))
+
+
 def lay_out_model(model: PreTrainedModel, found: dict[str, Gather], dtype: torch.dtype) -> ModelLayout:
     """Sort every parameter and persistent buffer of `model` into blocks. Raises `ModelError` if it has no layers."""
     dtype_of = hf.param_dtypes(model, dtype)
@@ -256,7 +285,7 @@ def _expert_group(
             per_expert[e].append((leaf, row, dtype))
     if any(len(p) != len(names) for p in per_expert):
         raise ModelError(f"{module_name}: its parameters disagree on the number of experts; not supported")
-    blocks = tuple(lay_out(f"{key}.expert.{e}", p) for e, p in enumerate(per_expert))
+    blocks = tuple(alike(lay_out(f"{key}.expert.{e}", p), names) for e, p in enumerate(per_expert))
     config = getattr(module, "config", None)
     top_k = next(
         (

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class StepStats:
     """One pass over the weights. Bytes and seconds.
 
-    `needed` are the bytes of the blocks the pass used, `hit` those of them that were in memory from before.
+    `needed` are the bytes of the blocks the pass used, `hit` those of them that were in memory from before. Where
+    nobody asks which experts were chosen (`moe.grouped`), both count as many as could have been.
     `launches` and `syncs` mean something only where `counted` is not 0: it is the number of passes that were counted.
     """
 

@@ -30,7 +30,7 @@ from offload.config import RunConfig
 from offload.embedding import RowReader
 from offload.engine import Engine, Sequences
 from offload.gather import Extent, Gather
-from offload.layout import Table, lay_out
+from offload.layout import Table, alike, lay_out
 from tiers import (
     PAGE,
     Arena,
@@ -738,6 +738,25 @@ def test_a_block_holds_its_tensors_whatever_order_they_arrive_in(
         got = spec.view(slot.tensor)
         assert got.data_ptr() % dtype.itemsize == 0
         assert torch.equal(got.reshape(-1).view(torch.uint8), want.view(torch.uint8)), spec.name
+    # on a device: where its like has it, whatever the files' offsets are
+    names = [n for n, _, _ in params]
+    there = alike(laid_out, names)
+    device = Arena(page_up(there.block.slot_nbytes)).allocate(there.block.slot_nbytes)
+    for m in there.block.moves:
+        device.tensor[m.dst : m.dst + m.stop - m.start] = slot.tensor[m.start : m.stop]
+    assert [m.start for m in there.block.moves] == sorted(m.start for m in there.block.moves)
+    assert (there.specs, there.block.segments, there.block.nbytes) == (specs, block.segments, block.nbytes)
+    assert [s.name for s in there.on_device] == names
+    end = 0
+    for s in there.on_device:
+        assert end <= s.dst < end + 64 and s.dst % 64 == 0
+        end = s.dst + s.nbytes
+        host = next(h for h in specs if h.name == s.name)
+        a, b = s.view(device.tensor), host.view(slot.tensor)
+        assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), s.name
+        pool = device.tensor.view(1, -1)
+        assert s.views(pool).data_ptr() == a.data_ptr() and s.views(pool).shape == (1, *s.shape)
+    assert end <= there.block.slot_nbytes
 
 
 # embedding tables

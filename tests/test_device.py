@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tiers import (
     DirectReader,
     EmulatedDevice,
     KvikioReader,
+    Move,
     Piece,
     ReadError,
     Residency,
@@ -39,6 +41,7 @@ from tiers import (
     Trace,
     TransferQueue,
     UpLink,
+    readable_directly,
 )
 
 MIB = 1 << 20
@@ -319,6 +322,28 @@ def test_the_first_part_goes_up_while_the_rest_is_being_read(stack: Stack) -> No
     assert not lease.ready
     stack.open()
     assert lease.wait().slot.tensor.numpy().tobytes() == stack.image(0)
+    lease.release()
+    stack.check()
+
+
+def test_what_is_placed_otherwise_on_the_device(stack: Stack) -> None:
+    """A middle that goes to the front in two chunks, an end that stays, a front that is left out."""
+    block, size = stack.host._entries["b1"].block, Stack.BLOCK
+    placed = replace(block, moves=(Move(PAGE + 1, size - PAGE, 0), Move(size - PAGE, size, size - PAGE)))
+    for tier in (stack.host, stack.top):
+        tier.add(placed, "all")
+    assert not readable_directly(placed)
+    assert readable_directly(block)
+    lease = stack.top.request("b1")
+    assert lease is not None
+    stack.reader.let.release(5)
+    until(lambda: sum(stack.up.bytes_read.values()) > 0, "the first chunk goes up while the rest is being read")
+    assert sum(stack.up.bytes_read.values()) == 4 * MIB
+    stack.open()
+    got, image = lease.wait().slot.tensor.numpy().tobytes(), stack.image(1)
+    assert got[: size - 2 * PAGE - 1] == image[PAGE + 1 : size - PAGE]
+    assert got[size - PAGE :] == image[size - PAGE :]
+    assert sum(stack.up.bytes_read.values()) == size - PAGE - 1
     lease.release()
     stack.check()
 

@@ -7,12 +7,15 @@ Everything here is skipped where there is no CUDA device, and has not been run u
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, VOCAB, build, save
 
 import offload
+from moe import LayerExperts, grouped
+from moe.grouped import Form, Grouped, PoolViews
 from offload import hardware
 from offload.hardware import Profile
 from offload.launches import counted
@@ -24,6 +27,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 NEW = 12
+BF16_ULPS = 4  # as in the parity suite
+MOE = [f for f in FAMILIES if any("experts" in name for name in FAMILIES[f])]
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -72,6 +77,105 @@ def test_tokens_are_the_same_with_graphs_and_launches_fewer(family: str, tmp_pat
                 assert model.engine.captures.replays > 0
     assert tokens[True] == tokens[False]
     assert 0 < launches[True] < launches[False]
+
+
+class Gated(torch.nn.Module):
+    """An experts module of the common kind."""
+
+    has_gate, has_bias, is_transposed = True, False, False
+    act_fn = staticmethod(torch.nn.functional.silu)
+
+    def _apply_gate(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", list(Form))
+@pytest.mark.parametrize("tokens", [1, 8, 300])
+def test_experts_by_grouped_products(tokens: int, form: Form, dtype: torch.dtype) -> None:
+    """Against one by one; slots of others and padding hold NaN. Where all stays and there is a kernel, nobody waits."""
+    hidden, inner, slots, count, top_k = 256, 128, 40, 16, 4
+    g = torch.Generator(device="cuda").manual_seed(tokens)
+    where = torch.randperm(slots, generator=g, device="cuda")[:count].tolist()
+    matrices = {}
+    for name, shape in (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))):
+        matrices[name] = torch.full((slots, *shape), torch.nan, device="cuda", dtype=dtype)
+        matrices[name][where] = torch.randn(count, *shape, generator=g, device="cuda").mul_(shape[1] ** -0.5).to(dtype)
+    x = torch.randn(tokens, hidden, generator=g, device="cuda").to(dtype)
+    index = torch.rand(tokens, count, generator=g, device="cuda").topk(top_k, dim=-1).indices
+    index[0, 0] = count  # padding
+    weights = torch.rand(tokens, top_k, generator=g, device="cuda")
+    module = Gated()
+    want = torch.zeros(tokens * top_k, hidden, device="cuda", dtype=dtype)
+    for e, slot in enumerate(where):
+        at = (index.reshape(-1) == e).nonzero()[:, 0]
+        y = LayerExperts._expert(module, {n: m[slot] for n, m in matrices.items()}, x[at // top_k])
+        want[at] = (y * weights.reshape(-1, 1)[at]).to(dtype)
+    want = want.view(tokens, top_k, hidden).sum(dim=1)
+
+    capability = grouped.capability_of(x.device)
+    layer = Grouped(count, PoolViews(matrices), room=1 << 30, capability=capability)
+    standing = layer.standing(dict(enumerate(where)))
+    layer.all(module, x, index, weights, standing, form)  # libraries set themselves up
+    torch.cuda.synchronize()
+    quiet = form is Form.GATHER or grouped.has_grouped_kernel(dtype, capability)
+    torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+    try:
+        got = layer.all(module, x, index, weights, standing, form)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tolerance = 1e-4 if dtype is torch.float32 else 2**-6
+    assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("room", ["smallest", "everything"])
+def test_bfloat16_experts_choose_within_ulps(
+    family: str, room: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teacher-forced, prompt by prompt and token by token. Where everything fits no layer's experts wait."""
+    quiet, calls = LayerExperts._all, []
+
+    def silent(self: LayerExperts, *args: Any) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error" if calls else "default")  # at first, libraries set themselves up
+        try:
+            calls.append(args)
+            return quiet(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(LayerExperts, "_all", silent)
+    oracle = save(build(family, dtype=torch.bfloat16), tmp_path).cuda()
+    ids = torch.randint(4, VOCAB, (1, 8), generator=torch.Generator().manual_seed(3)).cuda()
+    options: dict[str, Any] = {"device": "cuda", "context": 128}
+    if room == "smallest":
+        with pytest.raises(offload.BudgetError, match="--vram") as refusal:
+            offload.load(tmp_path, vram=1, **options)
+        options["vram"] = refusal.value.smallest
+    with offload.load(tmp_path, **options) as model, torch.inference_mode():
+        want = oracle(ids).logits.float()
+        got = model.hf(input_ids=ids).logits.float()
+        model.run([ids[0].tolist()], max_new_tokens=NEW)
+        assert bool(calls) == (room == "everything")
+    top = want.max(-1).values
+    chosen = want.gather(-1, got.argmax(-1, keepdim=True)).squeeze(-1)
+    assert ((top - chosen) <= BF16_ULPS * top.abs() * 2**-8).all()
+
+
+def test_grouped_experts_launch_less_and_wait_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"num_experts": 32, "num_experts_per_tok": 8}
+    save(build("qwen3_moe", dtype=torch.bfloat16, **config), tmp_path)
+    launches, syncs = {}, {}
+    for by_products in (False, True):
+        monkeypatch.setattr(grouped, "supported", lambda device, answer=by_products: answer)
+        with offload.load(tmp_path, device="cuda", context=128) as model:
+            model.run([[5, 6, 7]], max_new_tokens=NEW)
+            model.engine.count_launches = True
+            decode = model.run([[5, 6, 7]], max_new_tokens=NEW).stats.decode
+            launches[by_products], syncs[by_products] = decode.launches, decode.syncs
+    assert 0 < launches[True] < launches[False]
+    assert syncs[True] < syncs[False]
 
 
 def test_launches_and_waits_of_the_computing_thread_are_counted() -> None:

@@ -4,7 +4,7 @@ Knows nothing of models, tokens or the policies of experts and KV.
 """
 
 from tiers.arena import Arena, Pool, Slot
-from tiers.block import PAGE, Block, Codec, Segment, page_down, page_up
+from tiers.block import PAGE, Block, Codec, Move, Segment, page_down, page_up
 from tiers.device import CpuDevice, CudaDevice, Device, EmulatedDevice
 from tiers.errors import (
     BudgetError,
@@ -26,7 +26,7 @@ from tiers.uplink import COPIES, UpLink, readable_directly
 __all__ = [
     "CHUNK", "COPIES", "LFU", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause",
     "CheckpointError", "Codec", "Counters", "CpuDevice", "CudaDevice", "Device", "DirectReader", "EmulatedDevice",
-    "EvictionPolicy", "Interrupted", "KvikioReader", "Lease", "Meter", "ModelError", "NextUse", "OffloadError",
+    "EvictionPolicy", "Interrupted", "KvikioReader", "Lease", "Meter", "ModelError", "Move", "NextUse", "OffloadError",
     "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "Ticket", "Trace", "TransferQueue", "UpLink",
     "UsageError", "page_down", "page_up", "readable_directly",
 ]  # fmt: skip

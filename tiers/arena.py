@@ -44,6 +44,10 @@ class Slot:
         assert self._view is not None
         return self._view
 
+    def part(self, start: int, stop: int) -> Slot:
+        """Bytes [start, stop) as a slot of their own; shares the memory, not the fence."""
+        return Slot(self.tensor[start:stop], self._view[start:stop] if self._view is not None else None)
+
 
 class Arena:
     """`nbytes` of page-aligned memory. `allocate` returns page-aligned slots until it is used up."""
@@ -76,12 +80,23 @@ class Arena:
 
 
 class Pool:
-    """Slots of one size class in an arena, handed out and taken back."""
+    """Slots of one size class in an arena, one behind the other, handed out and taken back.
+
+    `memory` are all of them, [count, slot_nbytes] uint8.
+    """
 
     def __init__(self, arena: Arena, slot_nbytes: int, count: int) -> None:
         self.slot_nbytes = page_up(slot_nbytes)
+        start = arena.used
         self.slots: Sequence[Slot] = [arena.allocate(self.slot_nbytes) for _ in range(count)]
+        self.memory = arena.tensor[start : arena.used].view(count, self.slot_nbytes)
         self._free = list(reversed(self.slots))
+
+    def number(self, slot: Slot) -> int:
+        """Which of the pool's slots this is: its row in `memory`."""
+        number, rest = divmod(slot.address - self.memory.data_ptr(), self.slot_nbytes)
+        assert rest == 0 and 0 <= number < len(self.slots)
+        return number
 
     def take(self) -> Slot | None:
         """A free slot, or None."""

@@ -46,17 +46,28 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Bytes [start, stop) of a host slot that lie at `dst` in a device's slot."""
+
+    start: int
+    stop: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """What is fetched together.
 
     `nbytes` are the bytes of the tensors in compute form (what budgets given by the user count);
-    `slot_nbytes` are the bytes a slot needs to hold it, padding included.
+    `slot_nbytes` are the bytes a slot needs to hold it, padding included, on the host and on a device.
+    `moves` say, in the order of `start`, what goes where on a device; without, every byte goes to its own place.
     """
 
     key: str
     nbytes: int
     slot_nbytes: int
     segments: tuple[Segment, ...]
+    moves: tuple[Move, ...] = ()
 
     @property
     def stored_nbytes(self) -> int:

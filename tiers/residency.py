@@ -207,6 +207,22 @@ class Residency:
             entry = self._entries[key]
             return entry.slot is not None and (entry.ticket is None or (entry.ticket.done and not entry.ticket.error))
 
+    def pool_of(self, key: str) -> Pool:
+        """The slots this block comes and goes in. Raises `KeyError` for a pinned one."""
+        pool = self._entries[key].pool
+        if pool is None:
+            raise KeyError(f"{key} is pinned")
+        return self._pools[pool][0]
+
+    def slot_of(self, key: str) -> Slot | None:
+        """Where the block is; None if not all of it is in memory. Good for as long as it cannot be evicted."""
+        with self._lock:
+            return self._entries[key].slot if self.resident(key) else None
+
+    def nbytes(self, key: str) -> int:
+        """Bytes of the block's tensors."""
+        return self._entries[key].block.nbytes
+
     def knows(self, key: str) -> bool:
         """Whether the block has a place in this tier: it is here, on its way, or may come."""
         with self._lock:

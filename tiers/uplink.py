@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tiers.block import PAGE, Block, Segment, page_up
+from tiers.block import PAGE, Block, Move, Segment, page_up
 from tiers.device import Device
 from tiers.queue import Cause, Ticket, verify_files
 from tiers.reader import BlockReader, Piece
@@ -22,12 +22,16 @@ COPIES = 2  # transfers in flight: one is carried while the next is being prepar
 
 
 def readable_directly(block: Block) -> bool:
-    """Whether the block's bytes can go past the host: what must be decoded cannot."""
-    return all(s.codec is None for s in block.segments)
+    """Whether the block's bytes can go past the host: what must be decoded or placed otherwise cannot."""
+    return not block.moves and all(s.codec is None for s in block.segments)
+
+
+def _moves(block: Block) -> tuple[Move, ...]:
+    return block.moves or (Move(0, page_up(block.slot_nbytes), 0),)
 
 
 class UpLink:
-    """`Link` from `below` to a device; `direct`, if given, reads into the device's slots."""
+    """`Link` from `below` to a device, where a block's `moves` place it; `direct`, if given, reads into its slots."""
 
     name = "link"
     poll_s = 0.0005  # the tier below has no way to call up, so it is asked
@@ -44,8 +48,11 @@ class UpLink:
         if self._direct is not None and not self.below.knows(ticket.key) and readable_directly(block):
             ticket.direct = True
             return [p for s in segments for p in self._direct.split(s, ticket.slot)]
-        end = page_up(block.slot_nbytes)
-        return [Piece(0, at, min(UP_CHUNK, end - at), at, None, True) for at in range(0, end, UP_CHUNK)]
+        return [
+            Piece(0, at, min(UP_CHUNK, m.stop - at), m.dst + at - m.start, None, True)
+            for m in _moves(block)
+            for at in range(m.start, m.stop, UP_CHUNK)
+        ]
 
     def ready(self, ticket: Ticket, piece: Piece) -> bool:
         """Whether the bytes have arrived below. The first question leases the block there. A file is always there."""
@@ -59,7 +66,7 @@ class UpLink:
         if ticket.cause is Cause.DEMAND:
             self.below.promote(ticket.key)
         assert ticket.block is not None
-        last = piece.offset + piece.nbytes >= page_up(ticket.block.slot_nbytes)
+        last = piece.offset + piece.nbytes >= _moves(ticket.block)[-1].stop
         return lease.ready_to(None if last else piece.offset + piece.nbytes + PAGE)
 
     def move(self, ticket: Ticket, piece: Piece) -> int:
@@ -67,7 +74,12 @@ class UpLink:
         if ticket.direct:
             assert self._direct is not None
             return self._direct.read(piece, ticket.slot)
-        self._device.copy(ticket.lease.slot, ticket.slot, piece.offset, piece.offset + piece.nbytes)
+        below, end = ticket.lease.slot, piece.offset + piece.nbytes
+        if piece.dst == piece.offset:
+            self._device.copy(below, ticket.slot, piece.offset, end)
+        else:
+            there = ticket.slot.part(piece.dst, piece.dst + piece.nbytes)
+            self._device.copy(below.part(piece.offset, end), there, 0, piece.nbytes)
         return piece.nbytes
 
     def finish(self, ticket: Ticket, whole: bool) -> None:
