@@ -123,7 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--prompt-tokens", type=_whole, default=512, metavar="N", help="of each (default: 512)")
     plan.add_argument("--new-tokens", type=_whole, default=128, metavar="N", help="of each (default: 128)")
     _settings(plan)
-    plan.add_argument("--svg", metavar="FILE", help="draw the tiers and one step's timeline")
+    plan.add_argument("--routing", metavar="FILE",
+                      help="tell what a recorded routing trace (.npz) says; without MODEL, that only")  # fmt: skip
+    plan.add_argument("--svg", metavar="FILE",
+                      help="draw the tiers and one step's timeline; with --routing, the use of experts")  # fmt: skip
     plan.add_argument("--device-map", action="store_true", help="print the placement as accelerate's device_map (JSON)")
     plan.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     bench = commands.add_parser(

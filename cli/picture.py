@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -23,19 +23,30 @@ def draw(report: Report) -> str:
     top = 70 + 3 * (_BAR + 14) + 50
     body += _timeline(report, top)
     height = top + 30 + 3 * (_LANE + 8) + 40
-    style = "text{font:12px system-ui,sans-serif;fill:#333}.h{font-size:15px;font-weight:600}.w{fill:#fff}" \
-            "@media(prefers-color-scheme:dark){text{fill:#ddd}}"  # fmt: skip
+    return page(_WIDTH, height, body, ".w{fill:#fff}")
+
+
+def page(width: int, height: int, body: Iterable[str], style: str) -> str:
+    """A whole SVG file; text is dark on light, or light on dark where the reader prefers that."""
+    style = "text{font:12px system-ui,sans-serif;fill:#333}.h{font-size:15px;font-weight:600}" \
+            "@media(prefers-color-scheme:dark){text{fill:#ddd}}" + style  # fmt: skip
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        f'viewBox="0 0 {_WIDTH} {height}"><style>{style}</style>\n' + "\n".join(body) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}"><style>{style}</style>\n' + "\n".join(body) + "\n</svg>\n"
     )
+
+
+def words(x: float, y: float, text: str, kind: str = "") -> str:
+    """A line of text. What no XML file may contain is replaced."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return f'<text x="{x:.1f}" y="{y:g}"' + (f' class="{kind}"' if kind else "") + f">{escape(text)}</text>"
 
 
 def _bars(report: Report) -> Iterator[str]:
     p = report.prediction
     label = "simulated" if p.simulated else "predicted"
-    yield _text(10, 24, f"{report.facts.name} on {report.machine.name}", "h")
-    yield _text(10, 46, f"{label}: {p.decode_tokens_per_s:.3g} tokens/s, first token after {p.ttft_s:.2g} s, "
+    yield words(10, 24, f"{report.facts.name} on {report.machine.name}", "h")
+    yield words(10, 46, f"{label}: {p.decode_tokens_per_s:.3g} tokens/s, first token after {p.ttft_s:.2g} s, "
                         f"{p.bottleneck}-bound")  # fmt: skip
     tiers = [t for t in ("device", "host", "disk") if any(r.tier == t for r in report.placement)]
     room = _WIDTH - _LEFT - 20
@@ -44,8 +55,8 @@ def _bars(report: Report) -> Iterator[str]:
         rows = [r for r in report.placement if r.tier == tier and r.nbytes]
         total = max(budget.get(tier, 0), sum(r.nbytes for r in rows), 1)
         y = 66 + n * (_BAR + 14)
-        yield _text(10, y + 15, tier)
-        yield _text(10, y + 30, format_size(total))
+        yield words(10, y + 15, tier)
+        yield words(10, y + 30, format_size(total))
         x = float(_LEFT)
         yield f'<rect x="{_LEFT}" y="{y}" width="{room}" height="{_BAR}" fill="none" stroke="#8a8f98"/>'
         for row in rows:
@@ -56,7 +67,7 @@ def _bars(report: Report) -> Iterator[str]:
             yield (f'<rect x="{x:.1f}" y="{y}" width="{max(wide, 0.5):.1f}" height="{_BAR}" fill="{_COLOURS[kind]}" '
                    f'stroke="#fff" stroke-width="0.5"><title>{title}</title></rect>')  # fmt: skip
             if wide > 7 * len(row.what):
-                yield _text(x + 6, y + 21, row.what, "w")
+                yield words(x + 6, y + 21, row.what, "w")
             x += wide
 
 
@@ -64,11 +75,11 @@ def _timeline(report: Report, top: int) -> Iterator[str]:
     slices = report.step()
     end = max((b for *_, b in slices), default=1.0) or 1.0
     scale = (_WIDTH - _LEFT - 20) / end
-    yield _text(10, top, f"one decode step, {1000 * report.prediction.decode.seconds:.3g} ms", "h")
+    yield words(10, top, f"one decode step, {1000 * report.prediction.decode.seconds:.3g} ms", "h")
     lanes = [lane for lane in _LANES if any(s[0] == lane for s in slices)]
     for n, lane in enumerate(lanes):
         y = top + 14 + n * (_LANE + 8)
-        yield _text(10, y + 15, lane)
+        yield words(10, y + 15, lane)
         mine = sorted((a, b, name) for kind, name, a, b in slices if kind == lane)
         step = max(1, len(mine) // _MOST_SLICES)
         for i in range(0, len(mine), step):
@@ -77,7 +88,3 @@ def _timeline(report: Report, top: int) -> Iterator[str]:
             yield (f'<rect x="{_LEFT + a * scale:.2f}" y="{y}" width="{max((b - a) * scale, 0.3):.2f}" '
                    f'height="{_LANE}" fill="{_LANES[lane]}" stroke="#fff" stroke-width="0.2">'
                    f"<title>{escape(group[0][2])}: {1000 * (b - a):.3g} ms</title></rect>")  # fmt: skip
-
-
-def _text(x: float, y: float, text: str, kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y}"' + (f' class="{kind}"' if kind else "") + f">{escape(text)}</text>"

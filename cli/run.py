@@ -173,24 +173,34 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     import offload
-    from cli.picture import draw
+    from cli import heatmap, picture
 
-    report = offload.plan(
-        args.model, hardware=args.hardware, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device,
-        link=args.link, dtype=args.dtype, batch=args.batch, prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens, overrides=dict(args.settings), alternatives=not args.device_map,
-    )  # fmt: skip
+    if args.routing is not None and args.device_map:
+        raise UsageError("--device-map prints a placement and nothing else: leave out --routing")
+    routing = offload.routing(args.routing) if args.routing is not None else None
+    report = None
+    if routing is None or args.model is not None:
+        report = offload.plan(
+            args.model, hardware=args.hardware, ram=args.ram, vram=args.vram, resident=args.resident,
+            device=args.device, link=args.link, dtype=args.dtype, batch=args.batch, prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens, overrides=dict(args.settings), alternatives=not args.device_map,
+        )  # fmt: skip
+        if routing is not None:
+            routing.check(report.facts)
+    told = [t for t in (report, routing) if t is not None]
     if args.svg is not None:
+        drawn = heatmap.draw(routing) if routing is not None else picture.draw(report) if report is not None else ""
         try:
-            Path(args.svg).write_text(draw(report), encoding="utf-8")
+            Path(args.svg).write_text(drawn, encoding="utf-8")
         except OSError as e:
             raise UsageError(f"--svg {args.svg}: {e.strerror}") from e
-    if args.device_map:
+    if args.device_map and report is not None:
         print(json.dumps(report.device_map))
     elif args.json:
-        print(json.dumps(report.as_json()))
+        plan = report.as_json() if report is not None else {}
+        print(json.dumps(plan if routing is None else {**plan, "routing": routing.as_json()}))
     else:
-        print(report.text())
+        print("\n\n".join(t.text() for t in told))
     return 0
 
 

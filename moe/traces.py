@@ -70,6 +70,35 @@ class RoutingTrace:
         """Experts per token and layer; 0 if nothing was recorded."""
         return self._passes[0][0].index.shape[1] if self._passes else 0
 
+    @property
+    def tokens(self) -> int:
+        """In all passes together."""
+        return sum(len(p[0].index) for p in self._passes)
+
+    def use(self) -> list[NDArray[np.float64]]:
+        """For each layer [experts]: the share of tokens that chose the expert; each layer's shares sum to top_k."""
+        return [
+            np.bincount(chosen.ravel(), minlength=wide) / max(len(chosen), 1)
+            for chosen, wide in zip(self._chosen(), self.experts, strict=True)
+        ]
+
+    def repeats(self) -> float:
+        """The share of choices that were the previous token's too; rows are taken for tokens in order.
+
+        Of a trace of several sequences at once it says little. 0 if there are no two tokens.
+        """
+        same = asked = 0
+        for chosen in self._chosen():
+            for k in range(self.top_k):  # one column at a time bounds the memory
+                same += int((chosen[1:, k, None] == chosen[:-1]).any(axis=1).sum())
+                asked += max(len(chosen) - 1, 0)
+        return same / max(asked, 1)
+
+    def _chosen(self) -> list[Index]:
+        """For each layer [tokens, k]."""
+        none = np.zeros((0, self.top_k), np.int16)
+        return [np.concatenate([none, *(p[layer].index for p in self._passes)]) for layer in range(self.layers)]
+
     def __len__(self) -> int:
         return len(self._passes)
 

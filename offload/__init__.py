@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from offload.hardware import Profile
     from offload.model import Conversation, Generation, Model
     from offload.planning.report import Report
+    from offload.routing_report import RoutingReport
 
 __version__ = "0.1.0"
 
@@ -115,6 +116,16 @@ def profile(model: str | Path | None = None, *, fresh: bool = False, **options: 
     return measured(resolve(model), make_device(config), fresh=fresh)
 
 
+def routing(path: str | Path) -> RoutingReport:
+    """What a recorded routing trace says: use of experts, repetition, what caches would hit. No model is needed.
+
+    Raises `UsageError` if there is no such file or nothing was recorded, `ModelError` if it is damaged or no trace.
+    """
+    from offload.routing_report import routing_report
+
+    return routing_report(Path(path))
+
+
 def __getattr__(name: str) -> Any:
     # the model module imports torch and transformers; `import offload` alone should not
     if name in ("Model", "Generation", "Conversation"):
@@ -126,5 +137,5 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BudgetError", "CheckpointError", "Conversation", "Generation", "Interrupted", "Model", "ModelError",
-    "OffloadError", "ReadError", "UsageError", "load", "plan", "profile",
+    "OffloadError", "ReadError", "UsageError", "load", "plan", "profile", "routing",
 ]  # fmt: skip

@@ -292,3 +292,30 @@ class TestSynthetic:
         flat = [r for p in trace for r in p]
         right = [np.isin(a.ahead, b.index).mean() for a, b in itertools.pairwise(flat)]
         assert np.mean(right) == pytest.approx(0.8 + 0.2 * 8 / 64, abs=0.02)
+
+
+# what a trace says
+
+
+def test_use_is_the_share_of_tokens_that_chose() -> None:
+    trace = mixed()
+    assert trace.tokens == 9 and [len(u) for u in trace.use()] == [8, 5]
+    for layer, use in enumerate(trace.use()):
+        chosen = np.concatenate([p[layer].index for p in trace]).tolist()
+        assert use.tolist() == [sum(row.count(e) for row in chosen) / 9 for e in range(trace.experts[layer])]
+        assert use.sum() == pytest.approx(trace.top_k)
+    empty = RoutingTrace([4, 2], [])
+    assert empty.tokens == 0 and [u.tolist() for u in empty.use()] == [[0] * 4, [0] * 2]
+
+
+def test_repeats_are_the_previous_tokens_choices() -> None:
+    trace = mixed()
+    same = asked = 0
+    for layer in range(2):
+        rows = [row for p in trace for row in p[layer].index.tolist()]
+        for before, now in itertools.pairwise(rows):
+            same, asked = same + sum(e in before for e in now), asked + len(now)
+    assert 0 < trace.repeats() == same / asked < 1, "across passes as within them"
+    assert adversarial(3, 12, 2, 20, period=3).repeats() == 0
+    assert sticky(2, 64, 4, 400, repeat=0.8).repeats() == pytest.approx(0.8, abs=0.05)
+    assert skewed(2, 8, 2, 1).repeats() == RoutingTrace([4], []).repeats() == 0, "no two tokens"
