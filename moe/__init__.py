@@ -4,8 +4,8 @@ Knows nothing of KV. The way of one token through a layer: its router is heard a
 (`lookahead`: the cache's policy, the predictor, the recorder), the experts that are there are computed, the others as
 they arrive (`experts`, `kernels`, on a device `grouped`), and meanwhile what the next layer will choose is foreseen
 (`gates`, `predictors`) and fetched. `choices` names what can be chosen, `replay` compares it on traces, recorded
-(`traces`) or made up (`synthetic`). `schedule` says who computes an expert that is not on the device, `regrouping` which
-requests go together in a batch.
+(`traces`) or made up (`synthetic`). `schedule` says who computes an expert that is not on the device,
+`regrouping` which requests go together in a batch.
 """
 
 from moe.experts import ExpertsModule, LayerExperts
