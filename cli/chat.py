@@ -88,7 +88,8 @@ def _slash(line: str, conversation: Conversation, model: Model) -> None:
         if use is not None and use.needed:
             rows["experts"] = (
                 f"{100 * use.hit / use.needed:.0f}% found, {100 * use.ahead / use.needed:.0f}% fetched ahead in time, "
-                f"{100 * use.late / use.needed:.0f}% late, {100 * use.missed / use.needed:.0f}% not foreseen; "
+                f"{100 * use.late / use.needed:.0f}% late, {100 * use.missed / use.needed:.0f}% not foreseen"
+                f"{f', {100 * use.cpu / use.needed:.0f}% computed on the CPU' if use.cpu else ''}; "
                 f"{use.wasted} of {use.fetched} fetched in vain"
             )
             for i, u in enumerate(s.experts_by_layer):

@@ -63,6 +63,9 @@ def _loading() -> _Parser:
     run.add_argument("--graphs", action="store_true", help="decode with CUDA graphs where weights stay on the device")
     run.add_argument("--expert-policy", default="router", metavar="NAME", help="which expert gives up its slot")
     run.add_argument("--expert-predictor", default="gate", metavar="NAME", help="who foresees experts; none: nobody")
+    run.add_argument(
+        "--expert-compute", default="both", metavar="both|device", help="may the CPU compute beside a device"
+    )
     run.add_argument("--record-routing", metavar="FILE", help="write what the routers chose (.npz)")
     run.add_argument("--trace", metavar="FILE", help="write a timeline that opens in Perfetto")
     _settings(run)

@@ -53,8 +53,8 @@ def _load(args: argparse.Namespace) -> Model:
             args.model, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device, dtype=args.dtype,
             context=args.context, threads=args.threads, link=args.link, trace=args.trace, graphs=args.graphs,
             overrides=dict(args.settings), expert_policy=args.expert_policy,
-            expert_predictor=args.expert_predictor, record_routing=args.record_routing,
-            replay_routing=getattr(args, "replay_routing", None), progress=progress,
+            expert_predictor=args.expert_predictor, expert_compute=args.expert_compute,
+            record_routing=args.record_routing, replay_routing=getattr(args, "replay_routing", None), progress=progress,
         )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def _as_json(result: Any) -> dict[str, Any]:
         "experts": [
             {
                 "layer": i,
-                **{f: getattr(u, f) for f in ("needed", "hit", "ahead", "late", "missed", "fetched", "wasted")},
+                **{f: getattr(u, f) for f in ("needed", "hit", "ahead", "late", "missed", "cpu", "fetched", "wasted")},
                 "recall": u.recall,
                 "precision": u.precision,
                 "expert_bytes": size,

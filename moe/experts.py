@@ -13,19 +13,23 @@ decided by how many tokens chose them, never by what is here first.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import linear
 
+from moe.beside import Beside
 from moe.grouped import Form, Grouped, Standing
 from moe.kernels import Kernel, Matrices, matrices
 from moe.lookahead import ExpertLookahead
-from tiers import Lease, Residency
+from tiers import Counters, Interrupted, Lease, Residency
 
 KERNEL_TOKENS = 32  # most tokens of an expert for the kernel: torch's tiled products draw level at 64 to 128
+_PAUSE_S = 0.0002
 TOGETHER = 16  # most experts in a call: their slots, and their activations, are held until it returns
 
 
@@ -42,6 +46,13 @@ class ExpertsModule(Protocol):
 
 
 Views = Mapping[str, torch.Tensor]
+
+
+class CpuSide(NamedTuple):
+    """The same layer's experts in host memory, and who decides which of them are computed there."""
+
+    decider: Beside
+    layer: LayerExperts
 
 
 class LayerExperts:
@@ -64,10 +75,14 @@ class LayerExperts:
         number: int = 0,
         grouped: Grouped | None = None,
         stays: bool = False,
+        beside: CpuSide | None = None,
+        stalls: Counters | None = None,
     ) -> None:
         """`lookahead` transfers are asked for at once; `ahead` is told what layer `number` needs.
 
-        `stays`: all of the layer's experts are loaded before the first call, and none is ever evicted.
+        `stays`: all of the layer's experts are loaded before the first call, and none is ever evicted. `beside`: the
+        CPU may compute some of them where they lie in host memory. `stalls`: where waiting is counted as well, for
+        experts in a memory that others lease from too, on their way to the device.
         """
         self._residency = residency
         self._keys = keys
@@ -80,6 +95,9 @@ class LayerExperts:
         self._number = number
         self.grouped = grouped
         self._stays = stays
+        self.beside = beside
+        self._stalls = stalls
+        self._shared = stalls is not None
         self._stand: Standing | None = None  # where they stay, once looked up
 
     def forward(
@@ -91,25 +109,46 @@ class LayerExperts:
         form = self.grouped.form(index.numel(), hidden.dtype) if self.grouped is not None else None
         if form is not None and self._ahead is None and (standing := self._standing(form)) is not None:
             return self._all(module, hidden, index, weights, standing, form)
-        top_k = index.size(-1)
         flat = index.reshape(-1)  # [T·k]
-        counts = torch.bincount(flat.cpu(), minlength=len(self._keys)).tolist()  # the one time the host waits
-        if form is not None:
-            return self._by_groups(module, hidden, index, weights, counts, form)
-        order = torch.argsort(flat, stable=True)
-        places: dict[int, slice] = {}  # expert → where in `order` its (token, k) places are
-        start = 0
-        for e, n in enumerate(counts):
-            if n and e < len(self._keys):
-                places[e] = slice(start, start + n)
-            start += n
+        on_host = flat.cpu()  # the one time the host waits
+        counts = torch.bincount(on_host, minlength=len(self._keys)).tolist()
+        chosen = [e for e in range(len(self._keys)) if counts[e]]
+        cpu = self.beside.decider.for_cpu({e: counts[e] for e in chosen}) if self.beside is not None else []
+        if self._ahead is not None:
+            self._ahead.needs(self._number, chosen, cpu)
+        here = [e for e in chosen if e not in set(cpu)] if cpu else chosen
         out = hidden.new_zeros(flat.numel(), hidden.size(-1))  # [T·k, H]
+        meanwhile = self._meanwhile(module, hidden, on_host, weights, counts, cpu, out) if cpu else None
+        if form is not None:
+            assert self.grouped is not None
+            places = self.grouped.places(index)
+            for group in self._arriving(here, len(self._keys), meanwhile):
+                try:
+                    slots = {e: self._residency.pool_of(lease.key).number(lease.slot) for e, lease in group}
+                    self.grouped.some(out, module, hidden, places, weights, counts, slots, here, form)
+                finally:
+                    for _, lease in group:
+                        lease.release()
+            return self.grouped.summed(out, index, hidden)
+        self._into(out, module, hidden, flat, weights, counts, here, meanwhile)
+        return out.view(*index.shape, -1).sum(dim=-2).to(hidden.dtype)
+
+    def _into(
+        self, out: torch.Tensor, module: ExpertsModule, hidden: torch.Tensor, flat: torch.Tensor,
+        weights: torch.Tensor, counts: Sequence[int], experts: Sequence[int],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Compute these experts; out [T·k, H] gets their (token, k) places. flat [T·k] are the tokens' choices."""
+        top_k = weights.size(-1)
+        order = torch.argsort(flat, stable=True)
+        starts = list(itertools.accumulate(counts, initial=0))
+        places = {e: slice(starts[e], starts[e + 1]) for e in experts}  # where in `order` an expert's places are
         scale = weights.reshape(-1, 1)
         activation = self._activation(module, hidden)
-        small = {e for e in places if activation is not None and counts[e] <= KERNEL_TOKENS}
+        small = {e for e in experts if activation is not None and counts[e] <= KERNEL_TOKENS}
         if small:
             rows, factors, listed = hidden.contiguous(), scale.view(-1).float().contiguous(), order.tolist()
-        for group in self._arriving(list(places), TOGETHER if small else 1):
+        for group in self._arriving(experts, TOGETHER if small else 1, meanwhile):
             try:
                 there = {e: m for e, lease in group if e in small and (m := self._matrices(e, lease, hidden.dtype))}
                 if there:
@@ -126,7 +165,28 @@ class LayerExperts:
             finally:
                 for _, lease in group:
                     lease.release()
-        return out.view(*index.shape, -1).sum(dim=-2).to(hidden.dtype)
+
+    def _meanwhile(
+        self, module: ExpertsModule, hidden: torch.Tensor, flat: torch.Tensor, weights: torch.Tensor,
+        counts: Sequence[int], experts: Sequence[int], out: torch.Tensor,
+    ) -> Callable[[], None]:  # fmt: skip
+        """What the CPU does beside the device: these experts, where they lie. Their inputs come over now."""
+        assert self.beside is not None
+        beside, same = self.beside, hidden.device.type == "cpu"
+        rows, factors = hidden.cpu(), weights.cpu()
+        mine = out if same else torch.zeros(out.shape, dtype=out.dtype)
+
+        def compute() -> None:
+            began, waited = time.perf_counter(), self._residency.counters.stall_s
+            beside.layer._into(mine, module, rows, flat, factors, counts, experts)
+            took = time.perf_counter() - began - (self._residency.counters.stall_s - waited)
+            beside.decider.worked([counts[e] for e in experts], took)
+            if not same:
+                at = torch.isin(flat, torch.tensor(experts)).nonzero().view(-1)
+                out[at.to(out.device)] = mine[at].to(out.device)
+            beside.decider.spare(experts)
+
+        return compute
 
     def _standing(self, form: Form) -> Standing | None:
         """Where all experts stay, if they do and one product can reach them."""
@@ -149,24 +209,6 @@ class LayerExperts:
         self._residency.counters.hit += used
         return self.grouped.all(module, hidden, index, weights, standing, form)
 
-    def _by_groups(
-        self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor,
-        counts: Sequence[int], form: Form,
-    ) -> torch.Tensor:  # fmt: skip
-        """The experts that are resident in one go, then whatever has arrived by then, until all have."""
-        assert self.grouped is not None
-        chosen = [e for e in range(len(self._keys)) if counts[e]]
-        places = self.grouped.places(index)
-        out = hidden.new_zeros(places.numel(), hidden.size(-1))  # [T·k, H]
-        for group in self._arriving(chosen, len(self._keys)):
-            try:
-                here = {e: self._residency.pool_of(lease.key).number(lease.slot) for e, lease in group}
-                self.grouped.some(out, module, hidden, places, weights, counts, here, chosen, form)
-            finally:
-                for _, lease in group:
-                    lease.release()
-        return self.grouped.summed(out, index, hidden)
-
     def _activation(self, module: ExpertsModule, hidden: torch.Tensor) -> int | None:
         """How the kernel is to compute this module; None if it cannot."""
         if self.kernel is None or hidden.device.type != "cpu":
@@ -182,24 +224,30 @@ class LayerExperts:
             known = self._at[expert] = (lease.slot.address, dtype, matrices(self._views(lease), dtype))
         return known[2]
 
-    def _arriving(self, experts: Sequence[int], most: int) -> Iterator[list[tuple[int, Lease]]]:
+    def _arriving(
+        self, experts: Sequence[int], most: int, meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[list[tuple[int, Lease]]]:
         """(expert, lease) for each, in groups of up to `most`: resident ones first, then the others as they arrive.
 
-        A group that was given out is the caller's to release before the next one is asked for.
+        A group that was given out is the caller's to release before the next one is asked for. `meanwhile` is done once
+        all transfers that can be are under way, before the first is waited for.
         """
         r = self._residency
-        if self._ahead is not None:
-            self._ahead.needs(self._number, experts)
         missing = deque(e for e in experts if not r.resident(self._keys[e]))
         late = set(missing)
         # leasing what is here keeps the fetches below from evicting it
         held = deque((e, r.acquire(self._keys[e])) for e in experts if e not in late)
         pending: list[tuple[int, Lease]] = []
+        todo = [meanwhile] if meanwhile is not None else []
 
         def request() -> None:
             while missing and len(pending) < self._lookahead:
                 # with nothing else in hand there must be a slot; otherwise one comes free later
-                lease = r.request(self._keys[missing[0]], must=not pending and not held)
+                alone = not pending and not held
+                lease = r.request(self._keys[missing[0]], must=alone and not self._shared)
+                if lease is None and alone:
+                    self._pause()  # every slot is on its way to the device
+                    continue
                 if lease is None:
                     break
                 pending.append((missing.popleft(), lease))
@@ -211,25 +259,41 @@ class LayerExperts:
             while held or pending:
                 if held:
                     yield [held.popleft() for _ in range(min(most, len(held)))]
+                elif todo:
+                    todo.pop()()
                 else:
                     ready = [i for i, (_, lease) in enumerate(pending) if lease.ready][:most] or [0]
                     arrived = [pending[i] for i in ready]
                     pending[:] = [p for i, p in enumerate(pending) if i not in ready]
                     yield self._waited(arrived)
                 request()
+            if todo:
+                todo.pop()()
         finally:
             for _, lease in (*held, *pending):
                 lease.release()
 
-    @staticmethod
-    def _waited(group: list[tuple[int, Lease]]) -> list[tuple[int, Lease]]:
+    def _pause(self) -> None:
+        """For as long as a part of a transfer takes. Raises `Interrupted`."""
+        if self._residency.interrupted is not None and self._residency.interrupted():
+            raise Interrupted("interrupted")
+        began = time.perf_counter()
+        time.sleep(_PAUSE_S)
+        if self._stalls is not None:
+            self._stalls.stall_s += time.perf_counter() - began
+
+    def _waited(self, group: list[tuple[int, Lease]]) -> list[tuple[int, Lease]]:
         """The group when all of it is there; if one fails, none is held any longer."""
+        began = time.perf_counter()
         try:
             return [(e, lease.wait()) for e, lease in group]
         except BaseException:
             for _, lease in group:
                 lease.release()
             raise
+        finally:
+            if self._stalls is not None:
+                self._stalls.stall_s += time.perf_counter() - began
 
     @staticmethod
     def _expert(module: ExpertsModule, w: Views, x: torch.Tensor) -> torch.Tensor:

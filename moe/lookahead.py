@@ -25,16 +25,18 @@ from moe.traces import Recorder, Replay, Routed, mean_probability
 from prefetch.worth import worthwhile
 from tiers import Residency
 
-Fetch = Callable[[str], bool]  # start fetching a block; False if it may not be, or no slot can be had
+# Start fetching a block: False if it may not be, or no slot can be had; None if it is well where it is.
+Fetch = Callable[[str], bool | None]
 
 
 @dataclass(slots=True)
 class LayerUse:
-    """Experts of one layer, counted: needed = hit + ahead + late + missed.
+    """Experts of one layer, counted: needed = hit + ahead + late + missed + cpu.
 
-    `ahead` came in time because they were foreseen, `late` were foreseen but still on their way. `fetched` ahead in
-    all, of which `wasted` were not what the layer then chose. `predicted` are the guesses, as many as were needed, and
-    `right` those of them that came true; `named` are the experts needed that were among all guesses.
+    `cpu` were computed on the CPU beside a device, where they lay (`moe.beside`). `ahead` came in time because they
+    were foreseen, `late` were foreseen but still on their way. `fetched` ahead in all, of which `wasted` were not what
+    the layer then chose. `predicted` are the guesses, as many as were needed, and `right` those of them that came true;
+    `named` are the experts needed that were among all guesses.
     """
 
     needed: int = 0
@@ -42,6 +44,7 @@ class LayerUse:
     ahead: int = 0
     late: int = 0
     missed: int = 0
+    cpu: int = 0
     predicted: int = 0
     right: int = 0
     named: int = 0
@@ -197,8 +200,8 @@ class ExpertLookahead:
             self._predictor.ahead(later, guess)
         self._said[later] = self._predictor.predict(later)
 
-    def needs(self, layer: int, experts: Sequence[int]) -> None:
-        """The experts to be computed (distinct); none of them is leased yet."""
+    def needs(self, layer: int, experts: Sequence[int], cpu: Sequence[int] = ()) -> None:
+        """The experts to be computed (distinct), of which some on the CPU beside; none of them is leased yet."""
         use, keys = self.use[layer], self._keys[layer]
         self._share[layer] = len(experts) / len(keys)
         foreseen = self._foreseen.pop(layer, None) or _Foreseen([], set())
@@ -208,7 +211,8 @@ class ExpertLookahead:
         use.right += len(set(guessed).intersection(experts))
         use.named += len(set(foreseen.said).intersection(experts))
         use.wasted += len(foreseen.fetched.difference(experts))
-        for e in experts:
+        use.cpu += len(cpu)
+        for e in set(experts).difference(cpu):
             there = self._residency.resident(keys[e])
             if e in foreseen.fetched:
                 use.ahead += there
@@ -238,10 +242,12 @@ class ExpertLookahead:
         absent = [e for e, p in said if p > share and not self._residency.keep(keys[e])]
         wanted = {e for e, _ in paying}
         for e in [e for e in absent if e in wanted][: self._most]:
-            if not self._fetch(keys[e]):
+            started = self._fetch(keys[e])
+            if started is False:
                 break
-            foreseen.fetched.add(e)
-            use.fetched += 1
+            if started:
+                foreseen.fetched.add(e)
+                use.fetched += 1
 
 
 def _to_cpu(

@@ -26,7 +26,8 @@ class RunConfig:
     (`offload.planning.placement.Overrides`). `graphs`: replay norms and MLPs of decode steps from CUDA graphs.
     `count_launches`: count kernel launches and host synchronisations of every pass, on a CUDA device; passes take much
     longer then. `expert_policy`, `expert_predictor`: which expert gives up its slot, and who foresees which are needed
-    (`moe.choices`). `record_routing`: file to write what routers chose to, when the model is closed (`moe.traces`).
+    (`moe.choices`). `expert_compute`: `both`, or `device` if the CPU is never to compute experts beside a device.
+    `record_routing`: file to write what routers chose to, when the model is closed (`moe.traces`).
     `replay_routing`: such a file, whose routing is followed in place of the model's own: to measure real routing on
     random weights; what the model says means nothing then.
     """
@@ -45,6 +46,7 @@ class RunConfig:
     count_launches: bool = False
     expert_policy: str = POLICY
     expert_predictor: str = PREDICTOR
+    expert_compute: str = "both"
     record_routing: str | None = None
     replay_routing: str | None = None
 
@@ -61,6 +63,7 @@ class RunConfig:
             raise UsageError(f"--dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         checked(self.expert_policy, POLICIES, "--expert-policy")
         checked(self.expert_predictor, PREDICTORS, "--expert-predictor")
+        checked(self.expert_compute, ("both", "device"), "--expert-compute")
         for flag, value in (("--context", self.context), ("--threads", self.threads)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{flag}: {value!r} is not a whole number above zero")

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from offload.binding import Binder
 from offload.config import RunConfig
 from offload.describe import describe
 from offload.embedding import RowReader
-from offload.experts import Experts
+from offload.experts import Experts, views_of
 from offload.hierarchy import Hierarchy, Progress
 from offload.layout import ExpertGroup
 from offload.planning import calibration
@@ -44,7 +44,6 @@ from tiers import (
     EmulatedDevice,
     Interrupted,
     KvikioReader,
-    Lease,
     OffloadError,
     ReadError,
     Trace,
@@ -89,6 +88,8 @@ class Engine:
         device_base += (gds.DEVICE_CACHE if directly else 0) + (graphs.RESERVE if config.graphs else 0)
         ram = ram_budget(config)
         self.machine = hardware.machine_of(folder, self.device, ram=ram, vram=vram)
+        if config.expert_compute == "device":
+            self.machine = replace(self.machine, host_rates=None)
         self.machine_id = hardware.identity(folder, self.device)
         self.calibration = calibration.load(self.machine_id, description.facts)
         self.experts = Experts(self.layout, description.facts, config, self.machine_id)
@@ -130,6 +131,7 @@ class Engine:
         try:
             self._connect()
             self._memory.load(progress)
+            self.experts.beside(self._expert_layers, self._memory, self.plan, self.machine)
             for binder, key in self._pins:
                 with self._memory.compute.acquire(key) as lease:
                     binder.bind(lease.slot)
@@ -301,8 +303,9 @@ class Engine:
                 stay = {spec.name for part in layer.dense if part.block.key not in gone for spec in part.specs}
                 self.captures.wrap(self.hf.get_submodule(layer.module), layer.module, stay)
         self.experts.connect(self.hf, memory, self.plan)
-        for number, (_, group) in enumerate(self.experts.groups):
-            hf.attach_experts(self.hf.get_submodule(group.module), self._layer_experts(group, number))
+        self._expert_layers = [self._layer_experts(group, n) for n, (_, group) in enumerate(self.experts.groups)]
+        for experts, (_, group) in zip(self._expert_layers, self.experts.groups, strict=True):
+            hf.attach_experts(self.hf.get_submodule(group.module), experts)
         self._tables = [
             RowReader(t, module, memory.disk, self.device.torch_device)
             for t in layout.tables
@@ -312,17 +315,11 @@ class Engine:
         self.hf.forward = self._hf_forward
 
     def _layer_experts(self, group: ExpertGroup, number: int) -> LayerExperts:
-        own = self.device.own_memory
-        specs = {e.block.key: e.on_device if own else e.specs for e in group.blocks}
-
-        def views(lease: Lease) -> dict[str, torch.Tensor]:
-            return {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
-
         keys = [e.block.key for e in group.blocks]
         return LayerExperts(
             self._memory.compute,
             keys,
-            views,
+            views_of(group, on_device=self.device.own_memory),
             lookahead=READERS,
             kernel=kernels.load() if self.device.torch_device.type == "cpu" else None,
             ahead=self.experts.lookahead,

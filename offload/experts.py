@@ -7,19 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from moe import ExpertLookahead, GateCorrection, HearsRouter, Recorder, Replay, Router, RoutingTrace, choices
+from moe import (
+    ExpertLookahead,
+    GateCorrection,
+    HearsRouter,
+    LayerExperts,
+    Recorder,
+    Replay,
+    Router,
+    RoutingTrace,
+    choices,
+    kernels,
+)
+from moe.beside import FASTER, Beside, Costs, Pace
+from moe.experts import CpuSide
 from offload import hf
 from offload.config import RunConfig
 from offload.hierarchy import Hierarchy
 from offload.layout import ExpertGroup, LayerLayout, ModelLayout
 from offload.planning import calibration
 from offload.planning.facts import ModelFacts
-from offload.planning.placement import Plan
-from tiers import EvictionPolicy, ModelError, UsageError
+from offload.planning.machine import Machine, Rates
+from offload.planning.placement import READERS, Plan
+from tiers import EvictionPolicy, Lease, ModelError, UsageError
 
 MAX_CORRECTION = 64 << 20  # bytes for what is learned of routers (`moe.gates`); models that need more go without
 LEAST_LEARNED = 64  # tokens; what was learned from fewer is not kept
@@ -43,6 +59,7 @@ class Experts:
         self._recorder: Recorder | None = None
         self._replay: Replay | None = None
         self.lookahead: ExpertLookahead | None = None
+        self._lifts = True
         if config.replay_routing is not None:
             trace = RoutingTrace.load(Path(config.replay_routing))
             self._replay = Replay(trace, self._counts, self._top_k)
@@ -81,13 +98,47 @@ class Experts:
             self._top_k + plan.expert_slots // 4,  # most of the slots stay for experts that were chosen
             predictor=predictor,
             correction=self._correction,
-            fetch=memory.fetch_expert,
+            fetch=self._fetch(memory),
             policies=[p for p in memory.expert_policies if isinstance(p, HearsRouter)],
             recorder=self._recorder,
             replay=self._replay,
         )
         for number, (layer, group) in enumerate(self.groups):
             hf.hear_router(*_place(model, layer, group), functools.partial(self.lookahead.heard, number))
+
+    def _fetch(self, memory: Hierarchy) -> Callable[[str], bool | None]:
+        """Who fetches ahead: to the device where an expert is computed faster there, else only into host memory."""
+
+        def fetch(key: str) -> bool | None:
+            if self._lifts:
+                return memory.fetch_expert(key)
+            return None if memory.host.resident(key) else memory.host.prefetch(key)
+
+        return fetch
+
+    def beside(self, layers: Sequence[LayerExperts], memory: Hierarchy, plan: Plan, machine: Machine) -> None:
+        """Let the CPU compute what lies in host memory, where there is a device; once the host's memory is laid out."""
+        rates, link = machine.host_rates, machine.link_bytes_per_s
+        if self._config.expert_compute == "device" or rates is None or link is None or not plan.host.experts:
+            return
+        pace = Pace()
+        for number, (layer, (_, group)) in enumerate(zip(layers, self.groups, strict=True)):
+            size, specs = self.sizes[number], group.blocks[0].specs
+            seconds = functools.partial(_seconds, str(specs[0].dtype).removeprefix("torch."), size, len(specs))
+            costs = Costs(
+                device_s=functools.lru_cache(maxsize=64)(functools.partial(seconds, machine.rates)),
+                cpu_s=functools.lru_cache(maxsize=64)(functools.partial(seconds, rates)),
+                move_s=machine.link_latency_s + size / link,
+                read_s=machine.disk_latency_s + size / machine.disk_bytes_per_s,
+                alone=machine.alone,
+            )
+            self._lifts = costs.device_s(1) < FASTER * costs.cpu_s(1)
+            keys = self._keys[number]
+            host = LayerExperts(
+                memory.host, keys, views_of(group, on_device=False), lookahead=READERS, kernel=kernels.load(),
+                stalls=memory.compute.counters,
+            )  # fmt: skip
+            layer.beside = CpuSide(Beside(memory.compute, memory.host, keys, costs, pace), host)
 
     def close(self) -> None:
         """Write the routing that was asked for, and keep what was learned for the next run. Raises `UsageError`."""
@@ -99,6 +150,17 @@ class Experts:
         recorder, self._recorder = self._recorder, None
         if recorder is not None and self._config.record_routing is not None:
             recorder.trace().save(Path(self._config.record_routing).absolute())
+
+
+def views_of(group: ExpertGroup, *, on_device: bool) -> Callable[[Lease], dict[str, torch.Tensor]]:
+    """The matrices of a leased expert, by name: they lie otherwise in device slots than in the host's."""
+    specs = {e.block.key: e.on_device if on_device else e.specs for e in group.blocks}
+    return lambda lease: {s.name: s.view(lease.slot.tensor) for s in specs[lease.key]}
+
+
+def _seconds(dtype: str, nbytes: int, matrices: int, rates: Rates, tokens: int) -> float:
+    """To compute one expert for so many tokens."""
+    return rates.expert_call_s + rates.linear_s(dtype, nbytes, tokens, matrices)
 
 
 def _place(model: nn.Module, layer: LayerLayout, group: ExpertGroup) -> tuple[nn.Module, str]:

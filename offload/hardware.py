@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offload.planning.machine import Machine, Rates
-from tiers import Arena, Device, EmulatedDevice, ReadError, gds, probe
+from tiers import Arena, CpuDevice, Device, EmulatedDevice, ReadError, gds, probe
 from tiers import memory as mem
 from tiers.folders import cache_folder
 
@@ -147,7 +147,13 @@ def look(folder: Path, device: Device) -> Profile:
 def machine_of(folder: Path, device: Device, *, ram: int | None = None, vram: int | None = None) -> Machine:
     """This machine as a planner sees it."""
     rate = device.bytes_per_s if isinstance(device, EmulatedDevice) else None
-    return look(folder, device).machine_for(ram or mem.available(), vram or 0, rate)
+    ram = ram or mem.available()
+    machine = look(folder, device).machine_for(ram, vram or 0, rate)
+    if not device.own_memory:
+        return machine
+    if rate is not None:
+        return replace(machine, host_rates=machine.rates, alone=True)
+    return replace(machine, host_rates=look(folder, CpuDevice()).machine_for(ram, 0, None).rates)
 
 
 def identity(folder: Path, device: Device) -> str:

@@ -269,7 +269,7 @@ def on_device(path: Path, vram: int | str, **options: Any) -> Iterator[Model]:
     """Computed as on a GPU, in memory of an emulated one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouped, "supported", lambda device: True)
-        with offload.load(path, device="emulated", vram=vram, context=128, **options) as model:
+        with offload.load(path, device="emulated", vram=vram, context=128, expert_compute="device", **options) as model:
             yield model
 
 

@@ -254,7 +254,7 @@ def test_tokens_do_not_change_and_fewer_are_waited_for(tmp_path: Path, device: s
         assert result.token_ids[0] == want[: len(result.token_ids[0])]
         use = result.stats.experts_use
         assert use is not None
-        assert use.needed == use.hit + use.ahead + use.late + use.missed
+        assert use.needed == use.hit + use.ahead + use.late + use.missed + use.cpu
         assert use.predicted > 0
     first = result.stats.experts_by_layer[0]
     assert first.ahead == first.late == 0, "nobody looks ahead to the first layer"

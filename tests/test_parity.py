@@ -100,7 +100,8 @@ def test_on_an_emulated_device(case: Case, vram: str) -> None:
         if vram == "everything":
             assert total.bytes_up == 0
         else:
-            assert total.bytes_up > 0
+            use = result.stats.experts_use
+            assert total.bytes_up > 0 or (use is not None and use.cpu > 0), "something was not on the device"
         if vram == "smallest":
             assert total.bytes_read >= total.bytes_up // 2
 

@@ -115,8 +115,12 @@ def test_what_would_help(told: dict[str, Any]) -> None:
         assert w["gain"] == pytest.approx(w["decode_tokens_per_s"] / now), change
         if w["available"]:
             assert w["gain"] > 0.98, change
-    assert told["bottleneck"] == "link"
-    assert rows["a link twice as fast"]["gain"] == max(w["gain"] for w in rows.values() if w["available"])
+    assert told["bottleneck"] == "compute", "what the device lacks is computed on the CPU"
+    moved = offload.plan("allenai/OLMoE-1B-7B", hardware=GPU, vram="6GiB", expert_compute="device").as_json()
+    rows_moved = {w["change"]: w for w in moved["what_if"]}
+    assert moved["bottleneck"] == "link"
+    assert rows_moved["a link twice as fast"]["gain"] == max(w["gain"] for w in rows_moved.values() if w["available"])
+    assert moved["predicted_decode_tokens_per_s"] < now
     assert [c for c, w in rows.items() if not w["available"]] == ["int8 weights", "int4 weights", next(reversed(rows))]
     assert told["batch"]["tokens_per_s"] >= now
 

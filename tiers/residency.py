@@ -219,6 +219,15 @@ class Residency:
         with self._lock:
             return self._entries[key].slot if self.resident(key) else None
 
+    def coming(self, key: str) -> bool:
+        """Whether the block is on its way: asked for, and not all there yet."""
+        with self._lock:
+            return self._entries[key].slot is not None and not self.resident(key)
+
+    def has_room(self, key: str) -> bool:
+        """Whether the block's pool has a free slot: nothing would have to go for it."""
+        return self.pool_of(key).free > 0
+
     def nbytes(self, key: str) -> int:
         """Bytes of the block's tensors."""
         return self._entries[key].block.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from offload import hardware
@@ -61,6 +62,8 @@ def ask(
         known = calibration.load(hardware.identity(folder, device), description.facts)
         machine, routing = known.apply(machine), known.routing
         budgets = Budgets(ram, max(_BASE, mem.rss()), vram, device_base, resident, context)
+    if config.expert_compute == "device":
+        machine = replace(machine, host_rates=None)
     overrides = Overrides.of(config.overrides or {})
     if workload.batch > 1:
         description = description.for_batch(workload.batch)

@@ -52,7 +52,10 @@ class Calibration:
         """The machine as this model finds it."""
         rates = replace(machine.rates, corrections=self.corrections)
         disk = self.disk_bytes_per_s or machine.disk_bytes_per_s
-        return replace(machine, rates=rates, disk_bytes_per_s=disk)
+        # an emulated device is the host's own cores
+        host = replace(machine.host_rates, corrections=self.corrections) if machine.host_rates is not None else None
+        host = host if machine.alone else machine.host_rates
+        return replace(machine, rates=rates, disk_bytes_per_s=disk, host_rates=host)
 
 
 Predict = Callable[["Calibration"], Prediction]  # one request's prediction under a calibration

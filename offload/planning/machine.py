@@ -85,7 +85,13 @@ class Machine:
     link_drag: float = 0.0
     measured: bool = True
     assumptions: tuple[str, ...] = field(default_factory=tuple)
-    host_rates: Rates | None = None  # of a described machine that has a device: computing without it
+    host_rates: Rates | None = None  # of a machine that has a device: computing without it
+    alone: bool = False  # the device is emulated: its compute and the host's are the same cores
+
+    @property
+    def computes_beside(self) -> bool:
+        """Whether the host computes experts that are not on the device (`moe.beside`)."""
+        return self.host_rates is not None and self.link_bytes_per_s is not None
 
     def without_device(self) -> Machine:
         """The same machine, computing on its processor."""

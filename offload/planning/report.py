@@ -226,7 +226,13 @@ def _what_if(
     yield row("a disk twice as fast", budgets, replace(machine, disk_bytes_per_s=2 * machine.disk_bytes_per_s))
     if machine.link_bytes_per_s is not None:
         yield row("a link twice as fast", budgets, replace(machine, link_bytes_per_s=2 * machine.link_bytes_per_s))
-    yield row("compute twice as fast", budgets, replace(machine, rates=_twice(machine.rates)))
+    yield row(
+        "compute twice as fast",
+        budgets,
+        replace(
+            machine, rates=_twice(machine.rates), host_rates=_twice(machine.host_rates) if machine.host_rates else None
+        ),
+    )
     # products of quantised weights are taken to cost what they save in bytes and no more
     if not any("cannot be run" in n for n in described.facts.notes):
         yield row("int8 weights", budgets, machine, _shrunk(described, 2), available=False)

@@ -116,7 +116,16 @@ class _Bound:
         rate = machine.link_bytes_per_s or math.inf
         # experts that nobody foresaw are fetched once they are chosen: that hides behind other experts at most
         late = 1 - self._routing.recall if foresees else 1.0
-        chosen = work.dense_s + max(work.experts_s, late * up / rate, late * read / machine.disk_bytes_per_s)
+        waits = late * read / machine.disk_bytes_per_s
+        if machine.computes_beside and below > 0 and slots != ALL:
+            # experts that are not on the device are moved or computed by the CPU, both at once at best
+            missed = up / n if n else 0.0
+            each = 0.0 if machine.alone else 1 / (rate / n + 1 / work.beside_s) if n and work.beside_s else 0.0
+            needed = len(distances) / passes
+            there = work.experts_s if machine.alone else work.experts_s * (1 - missed / needed if needed else 1.0)
+            chosen, up = work.dense_s + max(there, missed * each, waits), 0.0
+        else:
+            chosen = work.dense_s + max(work.experts_s, late * up / rate, waits)
         return max(chosen, (streamed + up) / rate, (unread + read) / machine.disk_bytes_per_s)
 
     def _passes(self, chunk: int) -> list[tuple[float, _Work, list[int]]]:
@@ -140,19 +149,22 @@ class _Bound:
 
     def _compute(self, p: Pass, needed: list[int]) -> _Work:
         facts, rates = self._facts, self._machine.rates
-        dense, experts = rates.step_call_s + cost.head_s(facts, rates, p), 0.0
+        dense, experts, beside = rates.step_call_s + cost.head_s(facts, rates, p), 0.0, 0.0
         distinct = iter(needed)
         for layer in facts.layers:
             dense += cost.layer_s(facts, layer, rates, p)
             if layer.experts:
                 n = next(distinct, 0)
                 experts += n * cost.expert_s(facts, layer, rates, p, n)
-        return _Work(dense, experts)
+                if self._machine.host_rates is not None:
+                    beside = max(beside, cost.expert_s(facts, layer, self._machine.host_rates, p, n))
+        return _Work(dense, experts, beside)
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Seconds of compute of a pass: experts, and all else."""
+    """Seconds of compute of a pass: experts, and all else; and of one expert on the CPU beside a device."""
 
     dense_s: float
     experts_s: float
+    beside_s: float = 0.0

@@ -7,12 +7,16 @@ beside it. What is not: requests inside a block (a block arrives when its last b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from moe import Need, Place, Speeds, divide
+from moe.beside import FASTER
 from offload.planning import cost
 from offload.planning.cost import Pass
-from offload.planning.facts import ModelFacts
+from offload.planning.facts import LayerFacts, ModelFacts
 from offload.planning.machine import Machine
 from offload.planning.placement import READERS
 from offload.planning.routing import BLIND, PassMisses, Routing
@@ -149,6 +153,33 @@ class Clock:
     now: float = 0.0
 
 
+class _Turns(NamedTuple):
+    """A layer's experts divided: how many are moved, how long the busier of device and CPU works, when all is done."""
+
+    moved: int
+    busy_s: float
+    finish_s: float
+
+
+@functools.lru_cache(maxsize=4096)
+def _divided(
+    device: int, coming: int, coming_s: float, disk: int, first_s: float, read_s: float, still: int, still_s: float,
+    host: int, each: float, host_each: float, move_s: float, alone: bool,
+) -> _Turns:  # fmt: skip
+    """`moe.schedule.divide` of so many experts of each kind; many layers of a pass are alike."""
+    places = [(Place.DEVICE, 0.0)] * device + [(Place.COMING, coming_s)] * coming + [(Place.HOST, 0.0)] * host
+    places += [(Place.DISK, first_s + i * read_s) for i in range(disk)] + [(Place.DISK, still_s)] * still
+    needs = [Need(i, 1, place, arrives) for i, (place, arrives) in enumerate(places)]
+    done = divide(needs, Speeds(lambda n: each, lambda n: host_each, move_s, alone))
+    lanes = [sum(t.ends_s - t.begins_s for t in turns) for turns in (done.device, done.cpu)]
+    return _Turns(len(done.link), sum(lanes) if alone else max(lanes), done.finish_s)
+
+
+def _about(seconds: float) -> float:
+    """To two digits, so that what is nearly alike is divided once."""
+    return float(f"{seconds:.1e}")
+
+
 class Timeline:
     """One model, one machine, one placement: pass after pass on a virtual clock."""
 
@@ -203,8 +234,12 @@ class Timeline:
             if layer.experts and misses is not None:
                 needed = misses.needed(number)
                 each = cost.expert_s(facts, layer, rates, p, needed)
-                stall += self._experts(layer.expert_bytes, misses, number, each)
-                work += needed * each
+                if self._machine.computes_beside and self._placement.host_expert_slots and needed:
+                    waited, worked = self._shared(layer, misses, number, each, p)
+                    stall, work = stall + waited, work + worked
+                else:
+                    stall += self._experts(layer.expert_bytes, misses, number, each)
+                    work += needed * each
                 number += 1
             self._leave([key for key, _ in layer.parts])
             compute += work
@@ -282,8 +317,49 @@ class Timeline:
         self._compute("experts", last * each)
         return wait
 
-    def _look(self, nbytes: int, misses: PassMisses, number: int) -> None:
-        """Fetch what is foreseen of the next layer's experts, behind everything that is queued already."""
+    def _shared(self, layer: LayerFacts, misses: PassMisses, number: int, each: float, p: Pass) -> tuple[float, float]:
+        """A layer's experts on the device and, those that lie in host memory, on the CPU beside it (`moe.schedule`).
+
+        Returns the wait and the compute, of whichever of the two is busy longer.
+        """
+        assert self._link is not None and self._machine.host_rates is not None
+        nbytes, needed = layer.expert_bytes, misses.needed(number)
+        host_each = cost.expert_s(self._facts, layer, self._machine.host_rates, p, needed)
+        lifts = each < FASTER * host_each
+        missed = misses.missed(number, self._placement.expert_slots)
+        below = max(self._placement.expert_slots, self._placement.host_expert_slots)
+        absent = min(missed, misses.missed(number, below))
+        foreseen = self._foreseen.pop(number, None)
+        now = self._clock.now
+        known = self._routing.recall if foreseen is not None else 0.0
+        coming = round(missed * known) if lifts else 0
+        late = absent - round(absent * known)
+        # what was read ahead into host memory and is not there yet is as good as on the disk
+        still = absent - late if foreseen is not None and not lifts and foreseen > now else 0
+        read_s = nbytes / self._disk.bytes_per_s
+        if late:
+            self._urgent(self._disk, self._host, late * nbytes)
+        soon = max(0.0, (foreseen or now) - now)
+        disk = min(late, missed - coming)
+        there = needed - missed
+        turns = _divided(
+            there, coming, _about(soon) if coming else 0.0, disk, _about(self._disk.latency_s + read_s), _about(read_s),
+            still, _about(soon) if still else 0.0, max(0, missed - coming - disk - still), each, host_each,
+            nbytes / self._link.bytes_per_s + self._link.latency_s, self._machine.alone,
+        )  # fmt: skip
+        self._look(nbytes, misses, number + 1, lifts=lifts)
+        if turns.moved:
+            self._urgent(self._link, self._tier, turns.moved * nbytes)
+        self._compute("experts", turns.busy_s)
+        worked, waited = turns.busy_s, max(0.0, now + turns.finish_s - self._clock.now)
+        self._clock.now += waited
+        return waited, worked
+
+    def _look(self, nbytes: int, misses: PassMisses, number: int, *, lifts: bool = True) -> None:
+        """Fetch what is foreseen of the next layer's experts, behind everything that is queued already.
+
+        Without `lifts` only into host memory: they are computed there.
+        """
         if number >= len(misses.distances) or not self._routing.recall or not self._placement.foresees:
             return
         missed = misses.missed(number, self._placement.expert_slots)
@@ -297,6 +373,9 @@ class Timeline:
         below = max(self._placement.expert_slots, self._placement.host_expert_slots)
         absent = misses.missed(number, below) * self._routing.recall / self._routing.precision
         ready = self._disk.send("experts", absent * nbytes, now) if absent else 0.0
+        if not lifts:
+            self._foreseen[number] = max(ready, now)
+            return
         self._foreseen[number] = self._link.send("experts", fetched * nbytes, now, ready)
 
     def _demand(self, asked: float, nbytes: int, misses: PassMisses, number: int) -> float:
