@@ -155,6 +155,87 @@ def _experts(result: Result) -> str:
     ])  # fmt: skip
 
 
+def _routing(result: Result) -> str:
+    rows = sorted(result["rows"], key=lambda r: r["tokens_per_s"])
+    base = next(r for r in rows if r.get("name"))
+    lru = next(r for r in rows if r["expert_policy"] == "lru" and r["expert_predictor"] == "none" and "name" not in r)
+    best = max(r["tokens_per_s"] for r in rows)
+    lines = [
+        "| policy | prediction | found | fetched ahead in time | late | missed | MB read per token | tokens/s "
+        "| over load on demand | over LRU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        what = f"{r.get('name') or r['expert_policy']} | {r['expert_predictor']}"
+        if (r["expert_policy"], r["expert_predictor"]) == ("router", "gate"):
+            what = "**router** | **gate** (default)"
+        shares = " | ".join(f"{100 * r[k]:.0f} %" for k in ("hit", "ahead", "late", "missed"))
+        speed = r["tokens_per_s"]
+        over = " | ".join(_times(speed / other["tokens_per_s"]) for other in (base, lru))
+        lines.append(f"| {what} | {shares} | {r['read_per_token'] / 1e6:.0f} | {_rate(speed)} | {over} |")
+    counted, size = result["counted"]["policies"], rows[0]["expert_bytes"]
+    belady = counted["belady"]
+    least = belady["missed_per_token"] * size
+    rate = max(r["disk_rate"] for r in rows if r["disk_rate"])
+    default = next(r for r in rows if (r["expert_policy"], r["expert_predictor"]) == ("router", "gate"))
+    foreseen = "; ".join(
+        f"{name} {100 * _mean([x['recall'] for x in f['layers'][1:]]):.0f} % with as many guesses as experts, "
+        f"{100 * _mean([x['named'] for x in f['layers'][1:]]):.0f} % with up to twice as many"
+        for name, f in result["foreseen"].items()
+    )
+    guard = "; ".join(f"{name}: {100 * c['slower']:+.1f} %" for name, c in result["guard"]["cases"].items())
+    config = result["checkpoint"]
+    return "\n".join([
+        *lines, "",
+        f"Belady's optimum on the same tokens: {100 * belady['hit']:.0f} % found, {least / 1e6:.0f} MB per token; at "
+        f"the highest rate the disk gave any of these ({rate / 1e9:.2f} GB/s) no more than {rate / least:.1f} tokens/s "
+        f"if nothing else took time. Without a clock: "
+        + ", ".join(f"{n} {100 * c['hit']:.0f} %" for n, c in counted.items()) + ".",
+        "",
+        f"The default reaches {100 * default['tokens_per_s'] / best:.0f} % of the best (target 90 %).",
+        "",
+        f"Foreseen one layer ahead (bundled model, all layers but the first): {foreseen}.",
+        "",
+        f"Useless predictions (limit {100 * result['guard']['limit']:.0f} %), slower than without: {guard}.",
+        "",
+        f"{config['num_hidden_layers']} layers × {config['num_experts']} experts of {size / 1e6:.1f} MB, top "
+        f"{config['num_experts_per_tok']}, {result['slots']} of {result['experts']} in memory; routing of the bundled "
+        f"mixture of experts replayed, {result['new_tokens']} tokens after a prompt, "
+        f"{100 * result['counted']['repeated']:.0f} % of a token's experts were its predecessor's; medians of "
+        f"{result['rounds']} rounds. Load average {result['load_average_before']:.2f}. {_machine(result['machine'])}, "
+        f"{result['date'].split()[0]}.",
+    ])  # fmt: skip
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _hybrid(result: Result) -> str:
+    lines = [
+        "| link | prefill: CPU only | device only | both | decode: CPU only | device only | both | both ÷ device: "
+        "prefill | decode | experts on the CPU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        m = row["modes"]
+        cells = [f"{m[k]['prefill_tokens_per_s']:.0f}" for k in ("cpu", "device", "both")]
+        cells += [_rate(m[k]["decode_tokens_per_s"]) for k in ("cpu", "device", "both")]
+        gains = [m["both"][k] / m["device"][k] for k in ("prefill_tokens_per_s", "decode_tokens_per_s")]
+        on_cpu = m["both"]["on_cpu"]
+        lines.append(
+            f"| {row['link']} | {' | '.join(cells)} | {' | '.join(_times(g) for g in gains)} "
+            f"| {f'{100 * on_cpu:.0f} %' if on_cpu is not None else '–'} |"
+        )
+    emulated = "The device is *emulated*: it computes on the same cores as the CPU. " * (result["device"] == "emulated")
+    return "\n".join([
+        *lines, "",
+        f"tokens/s, {result['model']}, {100 * result['share']:.0f} % of it fit on the device, all in RAM; prompts of "
+        f"{result['prompt']}, {result['new']} new tokens; medians of {result['rounds']} rounds. {emulated}"
+        f"{_machine(result['machine'])}, {result['date'].split()[0]}.",
+    ])  # fmt: skip
+
+
 def _disk(result: Result) -> str:
     return (
         f"Disk, direct, 1 MiB × 8, same file in turn: fio {result['fio'] / 1e9:.2f} GB/s, our reader "
@@ -231,6 +312,8 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "experts": _experts,
     "predict": _predict,
     "regret": _regret,
+    "routing": _routing,
+    "hybrid": _hybrid,
 }
 
 
