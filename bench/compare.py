@@ -15,7 +15,8 @@ floor: the time that reading or computing must take at least, over the time it t
    experts the oracle chose;
  - the fastest measured time per token with all weights in memory.
 
-A resident comparison has no floor.
+A resident comparison has no floor and no cold runs: each engine runs once per round, with whatever the page cache
+holds, and its speed is that of the median step of the second half, when a mapped file has long been read.
 
 It does not measure long prompts, sampling, batches or text quality (weights are random).
 """
@@ -65,6 +66,7 @@ LLAMA_CPP = "llama.cpp"
 SHARES = (1.0, 0.9, 0.8, 0.65)  # of the limit less the interpreter: what accelerate is tried with
 BF16_DIGITS = 8  # significant binary digits
 NO_FLOOR = {"floor_s": None}
+RESIDENT_TOKENS = 96  # a step takes little, and a mapped file is read during the first ones
 Run = dict[str, Any]
 
 
@@ -78,7 +80,7 @@ class Comparison:
         self.limit = None if args.resident else parse_size(args.limit or spec.limit)
         # what ours is given, and what is held ready for each run
         self.ram: int = self.limit or spec.weight_bytes + 2 * GIB
-        self.new_tokens: int = args.new_tokens or spec.new_tokens
+        self.new_tokens: int = args.new_tokens or (RESIDENT_TOKENS if self.resident else spec.new_tokens)
         self.folder = checkpoints.make(spec, args.scratch)
         self.work: Path = args.scratch / "work"
         self.work.mkdir(parents=True, exist_ok=True)
@@ -192,10 +194,12 @@ class Comparison:
             for engine in engines[turn:] + engines[:turn]:
                 if number >= (self.args.reps if engine == "ours" else self.args.peer_reps) or engine in dead:
                     continue
-                with self.fresh_group() as group:
-                    for cache in ("cold", "warm"):
+                with Group(None) if self.resident else self.fresh_group() as group:
+                    for cache in ("warm",) if self.resident else ("cold", "warm"):
                         label = f"round {number + 1}: {engine}, {cache}"
                         r = self.worker(group, engine, options[engine], label=label)
+                        if self.resident and "error" not in r:
+                            r["decode_tokens_per_s"] = 1 / settled(r["step_s"])
                         runs.append({**r, "round": number + 1, "cache": cache})
                         if "error" in r:
                             dead.add(engine)  # it would fail again, after minutes
@@ -322,6 +326,12 @@ class Comparison:
             "bound": None if floor_s is None else "disk" if floor_s == read_s else "compute",
             "share": shares,
         }
+
+
+def settled(steps: Sequence[float]) -> float:
+    """Seconds of the median decode step of the second half; the first of `steps` is the prompt's."""
+    decode = steps[1:] or steps
+    return statistics.median(decode[len(decode) // 2 :])
 
 
 def best_max_memory(tuning: Sequence[Run]) -> int | None:
@@ -451,7 +461,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", choices=sorted(SPECS))
     p.add_argument("--limit", help="memory of each run (default: the model's, half to two thirds of its weights)")
-    p.add_argument("--resident", action="store_true", help="no limit: all weights in memory, ours and the peers")
+    p.add_argument("--resident", action="store_true", help="all weights in memory, no limit, no cold runs")
     p.add_argument("--engines", nargs="+", choices=("ours", *PEERS, LLAMA_CPP), help="default: all that can be run")
     p.add_argument("--llama-cpp", type=Path, metavar="DIR", help="add llama.cpp: its checkout, built under DIR/build")
     p.add_argument("--reps", type=int, default=3, help="rounds of ours, each cold and warm")

@@ -36,6 +36,8 @@ def render(result: Result) -> str:
 
 
 def _compare(result: Result) -> str:
+    if result.get("resident"):
+        return _resident(result)
     lines = [
         "| engine | tokens/s cold | tokens/s warm | ratio | start to first token | peak memory | same tokens |",
         "|---|---|---|---|---|---|---|",
@@ -58,19 +60,40 @@ def _compare(result: Result) -> str:
     return "\n".join([*lines, "", _setting(result), "", _floor(result)]).rstrip()
 
 
+def _resident(result: Result) -> str:
+    lines = [
+        "| engine | tokens/s | ms a token | ratio | start to first token | peak memory | same tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    summary = result["summary"]
+    for engine in sorted(summary, key=list(NAMES).index):
+        if "warm" not in summary[engine]:
+            lines.append(f"| {NAMES[engine]} | {summary[engine]['error']} | | | | | |")
+            continue
+        warm = summary[engine]["warm"]
+        rate, ratio = warm["decode_tokens_per_s"], result["ratios"].get(engine, {}).get("warm_decode")
+        lines.append(
+            f"| {NAMES[engine]} | {_rate(rate)} | {1000 / rate:.1f} | {_times(ratio) if ratio else ''} | "
+            f"{warm['start_to_first_token_s']:.1f} s | {warm['peak_rss_bytes'] / GIB:.2f} GiB | "
+            f"{_same(result, engine)} |"
+        )
+    return "\n".join([*lines, "", _setting(result)])
+
+
 def _setting(result: Result) -> str:
     model, m = result["model"], result["machine"]
     ours = result["summary"].get("ours", {})
     rounds = max((s["runs"] for s in ours.values() if isinstance(s, dict)), default=0)
     limited = all(s["limited"] for e in result["summary"].values() for s in e.values() if isinstance(s, dict))
     if result.get("resident"):
-        where = "all in memory"
+        where, how = "all in memory", "the median step of the second half"
     else:
         where = f"in a memory cgroup of {result['limit_bytes'] / GIB:.3g} GiB" if limited else "WITHOUT a memory limit"
+        how = "cold / warm"
     machine = _machine(m) + (f", llama.cpp {result['llama_cpp']}" if result.get("llama_cpp") else "")
     return (
         f"{result['name']}: {model['weight_bytes'] / GIB:.2f} GiB of random bf16 weights {where}; "
-        f"{result['new_tokens']} tokens, fed one at a time, after a prompt of {result['prompt_tokens']}; cold / warm; "
+        f"{result['new_tokens']} tokens, fed one at a time, after a prompt of {result['prompt_tokens']}; {how}; "
         f"median of {rounds} rounds; ratio: offload's tokens/s over the engine's. "
         f"{machine}, disk {result['disk']['bandwidth'] / 1e9:.2f} GB/s, "
         f"{result['date'].split()[0]}."

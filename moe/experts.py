@@ -99,6 +99,7 @@ class LayerExperts:
         self._stalls = stalls
         self._shared = stalls is not None
         self._stand: Standing | None = None  # where they stay, once looked up
+        self._tables: dict[torch.dtype, list[Matrices] | None] = {}  # the same for the kernel
 
     def forward(
         self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -109,6 +110,10 @@ class LayerExperts:
         form = self.grouped.form(index.numel(), hidden.dtype) if self.grouped is not None else None
         if form is not None and self._ahead is None and (standing := self._standing(form)) is not None:
             return self._all(module, hidden, index, weights, standing, form)
+        if self._stays and self._ahead is None and len(hidden) <= KERNEL_TOKENS:
+            activation = self._activation(module, hidden)
+            if activation is not None and (table := self._table(hidden.dtype)) is not None:
+                return self._by_kernel(hidden, index, weights, table, activation)
         flat = index.reshape(-1)  # [T·k]
         on_host = flat.cpu()  # the one time the host waits
         counts = torch.bincount(on_host, minlength=len(self._keys)).tolist()
@@ -208,6 +213,37 @@ class LayerExperts:
         self._residency.counters.needed += used
         self._residency.counters.hit += used
         return self.grouped.all(module, hidden, index, weights, standing, form)
+
+    def _by_kernel(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, table: Sequence[Matrices],
+        activation: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """Few tokens where every expert stays: all in one call. Nothing is leased: nothing is evicted."""
+        assert self.kernel is not None
+        places: dict[int, list[int]] = {}  # expert → its (token, k) places
+        chosen = index.flatten().tolist()
+        for p, e in enumerate(chosen):
+            places.setdefault(e, []).append(p)
+        used = [(table[e], at) for e, at in sorted(places.items()) if e < len(table)]
+        nbytes = len(used) * self._residency.nbytes(self._keys[0])
+        self._residency.counters.needed += nbytes
+        self._residency.counters.hit += nbytes
+        out = hidden.new_zeros(len(chosen), hidden.size(-1))  # [T·k, H]
+        factors = weights.reshape(-1).float()
+        self.kernel.run(hidden.contiguous(), used, factors, out, top_k=index.size(-1), activation=activation)
+        return out.view(*index.shape, -1).sum(dim=-2).to(hidden.dtype)
+
+    def _table(self, dtype: torch.dtype) -> list[Matrices] | None:
+        """The addresses of all experts' weights where they stay; None if the kernel cannot read them."""
+        if dtype not in self._tables:
+            found: list[Matrices] = []
+            for e, key in enumerate(self._keys):
+                with self._residency.acquire(key) as lease:
+                    if (m := self._matrices(e, lease, dtype)) is not None:
+                        found.append(m)
+            alike = len(found) == len(self._keys) and len({m.shape for m in found}) == 1
+            self._tables[dtype] = found if alike else None
+        return self._tables[dtype]
 
     def _activation(self, module: ExpertsModule, hidden: torch.Tensor) -> int | None:
         """How the kernel is to compute this module; None if it cannot."""

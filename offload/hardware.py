@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from offload import linears
 from offload.planning.machine import Machine, Rates
 from tiers import Arena, CpuDevice, Device, EmulatedDevice, ReadError, gds, probe
 from tiers import memory as mem
 from tiers.folders import cache_folder
 
-_VERSION = 2
+_VERSION = 3
 _MAX_AGE_S = 30 * 24 * 3600  # drives and drivers change
 _SCRATCH_BYTES = 256 << 20
 _LAYER_REPEATS, _LAYERS = 30, 8
@@ -167,7 +168,7 @@ def _first_look(folder: Path, device: Device) -> Profile:
     largest = _largest_file(folder)
     disk = probe.disk(largest, _ROUGH_DISK_S, ((1 << 20, 8, True), (4 << 10, 1, False))) if largest is not None else []
     dtypes = [torch.float32, torch.bfloat16]
-    compute = probe.compute(device, dtypes, 2, _ROUGH_TOKENS, probe.ROUGH, 16 << 20)
+    compute = probe.compute(device, dtypes, 2, _ROUGH_TOKENS, probe.ROUGH, 16 << 20, _product(device))
     read = max(c.weight_bytes_per_s for c in compute)
     return Profile(
         machine=dict(probe.machine()),
@@ -206,7 +207,7 @@ def measure(folder: Path, device: Device) -> Profile:
     if device.kind == "emulated":
         notes.append("the link is emulated")
     dtypes = [torch.float32, torch.bfloat16]
-    compute = tuple(probe.compute(device, dtypes))
+    compute = tuple(probe.compute(device, dtypes, product=_product(device)))
     layer_call = _layer_call(device, _LAYER_REPEATS)
     attention_read, attention_work, elementwise = _layer_work(device, compute, layer_call)
     step, expert = _runtime_calls(device, compute, layer_call)
@@ -266,7 +267,7 @@ def _scratch_disk(folder: Path, device: Device, notes: list[str]) -> _DiskSpeeds
 def _disk_drag(file: Path, device: Device) -> float:
     reading = probe.Reading(file)
     try:
-        return probe.drag(device, reading.once)
+        return probe.drag(device, reading.once, product=_product(device))
     finally:
         reading.close()
 
@@ -277,7 +278,12 @@ def _link_drag(device: Device) -> float:
         return 0.0
     nbytes = 4 << 20
     here, there = Arena(nbytes).allocate(nbytes), device.arena(nbytes).allocate(nbytes)
-    return probe.drag(device, lambda: device.copy(here, there, 0, nbytes))
+    return probe.drag(device, lambda: device.copy(here, there, 0, nbytes), product=_product(device))
+
+
+def _product(device: Device) -> probe.Product:
+    """What computes linear layers on this device."""
+    return linears.product(device.torch_device)
 
 
 def _layer_call(device: Device, repeats: int) -> float:
@@ -322,7 +328,9 @@ def _llama(
                          num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=32,
                          max_position_embeddings=2 * _CONTEXT)  # fmt: skip
     with torch.device(device.torch_device):
-        return LlamaForCausalLM(config).to(dtype).eval()
+        model = LlamaForCausalLM(config).to(dtype).eval()
+    linears.attach(model, device.torch_device)
+    return model
 
 
 def _forward_s(model: PreTrainedModel, device: Device, tokens: int, context: int, repeats: int) -> float:

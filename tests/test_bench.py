@@ -618,11 +618,31 @@ def test_table_of_a_resident_comparison() -> None:
         **fixture_result(), "name": "olmoe", "resident": True, "limit_bytes": None, "llama_cpp": "0.5.0-dev",
         "summary": compare.summarise(runs), "ratios": compare.ratios(runs), "floor": compare.NO_FLOOR,
     })  # fmt: skip
-    assert "| llama.cpp, bf16, memory-mapped | – | 2.00 | 0.95× |" in text
+    assert "| llama.cpp, bf16, memory-mapped | 2.00 | 500.0 | 0.95× | 4.0 s |" in text
+    assert "| **offload** | 1.90 | 526.3 |  | 4.0 s |" in text
+    assert "cold" not in text
     assert "random bf16 weights all in memory; 8 tokens" in text
+    assert "the median step of the second half" in text
     assert ", llama.cpp 0.5.0-dev, disk" in text
     assert "Floor" not in text
     assert "WITHOUT" not in text
+
+
+def test_speed_in_memory_is_that_of_the_later_steps() -> None:
+    assert compare.settled([9.0, 5.0, 5.0, 1.0, 3.0, 2.0]) == 2.0
+    assert compare.settled([9.0, 4.0]) == 4.0
+    assert compare.settled([9.0]) == 9.0
+
+
+def test_resident_rounds_are_warm_and_without_a_limit(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ("--resident", "--engines", "ours", "--reps", "2", "--scratch", str(scratch))
+    one = compare.Comparison(checkpoints.SPECS["olmoe-small"], arguments(*argv))
+    assert one.new_tokens == compare.RESIDENT_TOKENS
+    monkeypatch.setattr(one, "measure_disk", lambda: None)
+    monkeypatch.setattr(compare, "drop_caches", lambda files: pytest.fail("nothing is dropped"))
+    monkeypatch.setattr(one, "worker", lambda group, *a, **k: {**run("ours", "", 1.0), "step_s": [9.0, 8.0, 0.5, 0.5]})
+    found = one.rounds(None)
+    assert [(r["round"], r["cache"], r["decode_tokens_per_s"]) for r in found] == [(1, "warm", 2.0), (2, "warm", 2.0)]
 
 
 # startup and tables

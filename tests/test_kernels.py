@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import moe.experts
 import offload
 from moe import kernels
 from moe.kernels import Kernel, Matrices, load_from, matrices
-from offload import hf
+from offload import hf, linears
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = [torch.float32, torch.bfloat16]
@@ -190,6 +191,145 @@ def _activated(kernel: Kernel, gate: torch.Tensor, number: int) -> torch.Tensor:
     out = torch.empty(n, 1, dtype=dtype)
     kernel.run(torch.ones(n, 1, dtype=dtype), experts, torch.ones(n), out, top_k=1, activation=number)
     return out[:, 0]
+
+
+# linear layers
+
+
+def product(
+    rows: int, columns: int, tokens: int, dtype: torch.dtype, *, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    g = torch.Generator().manual_seed(rows + tokens)
+    x = torch.randn(tokens, columns, generator=g).to(dtype)
+    w = torch.randn(rows, columns, generator=g).mul_(columns**-0.5).to(dtype)
+    return x, w, torch.randn(rows, generator=g).to(dtype) if bias else None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (1, 1), (3, 5), (67, 33), (130, 1031), (515, 1024)])
+def test_linear(kernel: Kernel, rows: int, columns: int, dtype: torch.dtype, bias: bool) -> None:
+    for tokens in (*range(1, 18), 33):
+        x, w, b = product(rows, columns, tokens, dtype, bias=bias)
+        exact = linear(x.double(), w.double(), None if b is None else b.double())
+        # one rounding at the end: half a unit in the last of eight digits, where torch has it too
+        rounding = (2**-8 if dtype is torch.bfloat16 else 2**-23) * exact.abs()
+        for level, threads in itertools.product(kernel.levels, (1, 2, 5)):
+            got = kernel.at(level, threads).linear(x, w, b)
+            assert got is not None and got.dtype is dtype and got.shape == (tokens, rows)
+            spread = (x.double().abs() @ w.double().abs().t()) * 2**-19  # of sums in float32, in any order
+            assert ((got.double() - exact).abs() <= rounding + spread).all(), (level, threads, tokens)
+
+
+def test_linear_large_enough_for_all_threads(kernel: Kernel) -> None:
+    for dtype in TYPES:
+        x, w, _ = product(1003, 515, 3, dtype)
+        exact = linear(x.double(), w.double())
+        for level in kernel.levels:
+            want = kernel.at(level, 1).linear(x, w)
+            assert want is not None
+            assert error(want, exact) < TOLERANCE[dtype]
+            for threads in (2, 3, 7):
+                got = kernel.at(level, threads).linear(x, w)
+                assert got is not None and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_linear_of_a_token_does_not_depend_on_the_others(kernel: Kernel, dtype: torch.dtype) -> None:
+    x, w, b = product(70, 333, 17, dtype, bias=True)
+    for level in kernel.levels:
+        at = kernel.at(level)
+        together = at.linear(x, w, b)
+        assert together is not None
+        for t in range(len(x)):
+            alone = at.linear(x[t], w, b)
+            assert alone is not None and alone.shape == (70,)
+            assert torch.equal(alone, together[t])
+
+
+def test_linear_of_any_layout(kernel: Kernel) -> None:
+    x, w, _ = product(40, 48, 6, torch.bfloat16)
+    want = kernel.linear(x, w)
+    assert want is not None
+    wide = torch.full((40, 51), torch.nan, dtype=torch.bfloat16)
+    wide[:, 1:49] = w
+    spread = torch.full((48, 12), torch.nan, dtype=torch.bfloat16)
+    spread[:, ::2] = x.t()
+    for got in (
+        kernel.linear(spread[:, ::2].t(), w),
+        kernel.linear(x, wide[:, 1:49]),
+        kernel.linear(x.view(2, 3, 48), w),
+    ):
+        assert got is not None and torch.equal(got.view(6, 40), want)
+    assert kernel.linear(x[:0], w).shape == (0, 40)  # type: ignore[union-attr]
+
+
+def test_linear_of_values_that_are_no_numbers_or_hardly_any(kernel: Kernel) -> None:
+    for dtype in TYPES:
+        for level in kernel.levels:
+            at = kernel.at(level)
+            x, w, b = product(9, 50, 4, dtype, bias=True)
+            x[1, 49], x[2, 0], w[3, 7] = torch.nan, torch.inf, -torch.inf
+            got, want = at.linear(x, w, b), linear(x, w, b)
+            assert got is not None
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.isinf(), want.isinf())
+            assert torch.equal(got[got.isinf()], want[want.isinf()])
+            ones = torch.ones(5, 64, dtype=dtype)
+            small = at.linear(torch.full((1, 64), 2.0**-126, dtype=dtype), ones)
+            assert small is not None and torch.equal(small, torch.full((1, 5), 2.0**-120, dtype=dtype))
+            smaller = at.linear(torch.full((1, 64), 2.0**-128, dtype=dtype), ones)
+            # the processor's own products of bfloat16 take what is below 2^-126 for zero
+            flushed = level == "avx512_bf16" and dtype is torch.bfloat16
+            assert smaller is not None
+            assert torch.equal(smaller, torch.full((1, 5), 0.0 if flushed else 2.0**-122, dtype=dtype))
+
+
+def test_linear_leaves_the_rest_to_torch(kernel: Kernel) -> None:
+    x, w = torch.zeros(2, 8), torch.zeros(3, 8)
+    assert kernel.linear(x, w) is not None
+    assert kernel.linear(x.half(), w.half()) is None
+    assert kernel.linear(x.bfloat16(), w) is None
+    assert kernel.linear(x, w.t().contiguous().t()) is None
+    assert kernel.linear(x[:, :7], w) is None
+    assert kernel.linear(x, w.to("meta")) is None
+    assert kernel.linear(x, w, torch.zeros(3, dtype=torch.bfloat16)) is None
+    assert kernel.linear(x, w, torch.zeros(2)) is None
+
+
+class Quantised(nn.Linear):
+    pass
+
+
+def test_linear_modules(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList([nn.Linear(32, 16), nn.Linear(32, 16, bias=False), Quantised(32, 16)])
+    plain = nn.ModuleList([nn.Linear(32, 16), nn.Linear(32, 16, bias=False), Quantised(32, 16)])
+    plain.load_state_dict(model.state_dict())
+    assert linears.attach(model, torch.device("cpu"))
+    assert not linears.attach(plain, torch.device("meta"))
+    asked: list[int] = []
+    run = Kernel.linear
+
+    def counted(kernel: Kernel, x: torch.Tensor, *args: Any) -> torch.Tensor | None:
+        asked.append(x.numel() // 32)
+        return run(kernel, x, *args)
+
+    monkeypatch.setattr(Kernel, "linear", counted)
+    for tokens in (1, 16, 17):
+        x = torch.randn(1, tokens, 32)
+        with torch.inference_mode():
+            for one, other in zip(model, plain, strict=True):
+                assert error(one(x), other(x)) < 1e-6
+                one.weight.data.mul_(2)  # looked up in each call
+                other.weight.data.mul_(2)
+                assert error(one(x), other(x)) < 1e-6
+    assert asked == [1] * 4 + [16] * 4
+    model[0](torch.randn(1, 32, requires_grad=True)).sum().backward()
+    assert model[0].weight.grad is not None
+    by = linears.product(torch.device("cpu"))
+    x, w, _ = product(16, 32, 3, torch.bfloat16)
+    assert torch.equal(by(x, w), run(kernel, x, w))  # type: ignore[arg-type]
+    assert by(x.half(), w.half()).dtype is torch.float16
 
 
 # what it does not depend on
@@ -424,15 +564,20 @@ def test_no_compiler_or_a_bad_one(tmp_path: Path) -> None:
 
 
 def test_wrong_results_are_found_at_once(kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "experts.c"
-    text = kernels.SOURCE.read_text()
-    assert "lane[j] + x" not in text
-    monkeypatch.setattr(kernels, "SOURCE", source)
-    source.write_text(text.replace("g / (1.0f + exponential(-z))", "g / (1.1f + exponential(-z))"))
-    assert load_from(tmp_path / "kernels") is None
-    source.write_text(text.replace("#define ABI 1 ", "#define ABI 9 "))
-    assert load_from(tmp_path / "kernels") is None
-    source.write_text(text)
+    copies = [shutil.copy(path, tmp_path) for path in (*kernels.SOURCES, kernels.HEADER)]
+    monkeypatch.setattr(kernels, "SOURCES", tuple(map(Path, copies[:-1])))
+    monkeypatch.setattr(kernels, "HEADER", Path(copies[-1]))
+    for name, right, wrong in (
+        ("dots.c", "g / (1.0f + exponential(-z))", "g / (1.1f + exponential(-z))"),
+        ("kernels.h", "#define ABI 2 ", "#define ABI 9 "),
+        ("linear.c", "+ row * j->size : NULL", ": NULL"),
+    ):
+        source = tmp_path / name
+        text = source.read_text()
+        assert text.count(right) == 1
+        source.write_text(text.replace(right, wrong))
+        assert load_from(tmp_path / "kernels") is None
+        source.write_text(text)
     assert load_from(tmp_path / "kernels") is not None
 
 

@@ -59,6 +59,22 @@ def test_compute_readings_for_each_dtype_and_batch() -> None:
         assert r.flops_per_s == pytest.approx(r.weight_bytes_per_s / 4 * 2 * r.tokens)
 
 
+def test_products_are_measured_as_they_are_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))  # where nothing has been measured yet
+    asked: list[int] = []
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return torch.nn.functional.linear(x, weight)
+
+    monkeypatch.setattr(profile_module.linears, "product", lambda device: product)
+    probe.compute(CpuDevice(), [torch.float32], 1, (1, 3), probe.ROUGH, 1 << 20, product)
+    assert set(asked) == {1, 3}
+    asked.clear()
+    profile_module.look(tmp_path, CpuDevice())
+    assert set(asked) == set(profile_module._ROUGH_TOKENS)
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """Measuring is replaced by something quick; the list counts how often it was done."""

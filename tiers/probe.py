@@ -34,6 +34,8 @@ ROUGH = ((2048, 2048), (512, 512))  # for a first look that must not take memory
 _WORKING_SET = 64 << 20  # bytes of matrices used in turn: one alone would stay in the cache and read too fast
 _READING_S = 0.2  # most time for one reading
 
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [n, K] times weight [N, K] transposed
+
 
 @dataclass(frozen=True, slots=True)
 class DiskReading:
@@ -167,8 +169,9 @@ def compute(
     tokens: Sequence[int] = TOKENS,
     sizes: tuple[tuple[int, int], tuple[int, int]] = (LARGE, SMALL),
     working_set: int = _WORKING_SET,
+    product: Product = torch.nn.functional.linear,
 ) -> list[ComputeReading]:
-    """Products of a few rows with matrices of two sizes, by dtype and number of rows."""
+    """Products of a few rows with matrices of two sizes, by dtype and number of rows, as `product` computes them."""
     where = device.torch_device
     readings = []
     for dtype in dtypes:
@@ -183,7 +186,7 @@ def compute(
 
                 def work(x: torch.Tensor = x, weights: list[torch.Tensor] = weights) -> None:
                     for w in weights:
-                        torch.nn.functional.linear(x, w)
+                        product(x, w)
                     if where.type == "cuda":
                         torch.cuda.synchronize(where)
 
@@ -197,10 +200,15 @@ def compute(
     return readings
 
 
-def drag(device: Device, beside: Callable[[], object], seconds: float = 0.4) -> float:
+def drag(
+    device: Device,
+    beside: Callable[[], object],
+    seconds: float = 0.4,
+    product: Product = torch.nn.functional.linear,
+) -> float:
     """How many seconds longer compute takes per second that `beside` (a transfer, called over and over) runs with it.
 
-    Compute is one row times matrices in bfloat16: the case that needs memory bandwidth most.
+    Compute is one row times matrices in bfloat16 by `product`: the case that needs memory bandwidth most.
     """
     where = device.torch_device
     weights = [torch.randn(*LARGE, device=where).to(torch.bfloat16) for _ in range(4)]
@@ -208,7 +216,7 @@ def drag(device: Device, beside: Callable[[], object], seconds: float = 0.4) -> 
 
     def work() -> None:
         for w in weights:
-            torch.nn.functional.linear(x, w)
+            product(x, w)
         if where.type == "cuda":
             torch.cuda.synchronize(where)
 

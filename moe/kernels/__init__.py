@@ -1,4 +1,6 @@
-"""The experts of a layer for a few tokens, in C, near the speed at which memory can be read (`experts.c`).
+"""The experts of a layer and linear layers for a few tokens, in C, near the speed at which memory can be read.
+
+`experts.c` and `linear.c` are the two calls, `dots.c` the products, `threads.c` the threads they share.
 
 The library is compiled once, with the C compiler at hand, into the user's cache folder, and checked before each use.
 Where that cannot be done (no compiler, a cache that cannot be written or run from, another processor family's
@@ -28,11 +30,12 @@ import torch
 
 from tiers.folders import cache_folder
 
-SOURCE = Path(__file__).with_name("experts.c")
-LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")  # of instructions, as numbered in the C file
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("experts", "linear", "dots", "threads"))
+HEADER = Path(__file__).with_name("kernels.h")
+LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")  # of instructions, as numbered in the C files
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
-_ABI = 1
+_ABI = 2
 _COMPILE_S = 120
 _MAX_BYTES = 16 << 20
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -84,6 +87,8 @@ class Kernel:
         self._library = library
         self._run = library.offload_experts
         self._run.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 7]
+        self._linear = library.offload_linear
+        self._linear.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 5]
         best = library.offload_level()
         self.level = LEVELS.index(level) if level is not None else best
         if self.level > best:
@@ -173,6 +178,40 @@ class Kernel:
         if failed:
             raise MemoryError("no memory for the activations of a layer's experts")
 
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """x [..., K] times weight [N, K] transposed, plus bias [N] → [..., N]; None if the kernel cannot read them.
+
+        All of one type, on the CPU, a weight's row in one piece; x may lie anyhow. Nothing is kept for a gradient.
+        Releases the GIL. Raises `MemoryError`.
+        """
+        kind = _TYPES.get(weight.dtype)
+        if kind is None or x.dtype is not weight.dtype or not weight.is_cpu or not x.is_cpu or weight.dim() != 2:
+            return None
+        n, k = weight.shape
+        stride = weight.stride()
+        if x.dim() == 0 or x.size(-1) != k or stride[1] != 1 or k == 0:
+            return None
+        if bias is not None and not (
+            bias.dtype is x.dtype and bias.is_cpu and bias.shape == (n,) and bias.stride(0) == 1
+        ):
+            return None
+        if not x.is_contiguous():
+            x = x.contiguous()
+        out = x.new_empty((*x.shape[:-1], n))
+        sizes = array("q", (kind, x.numel() // k, k, n, k, stride[0], n))
+        failed = self._linear(
+            self.level,
+            self.threads or torch.get_num_threads(),
+            sizes.buffer_info()[0],
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+        )
+        if failed:
+            raise MemoryError("no memory for the inputs of a linear layer")
+        return out
+
 
 _loaded: dict[Path, Kernel | None] = {}  # by cache folder: each is tried once
 
@@ -190,9 +229,9 @@ def load() -> Kernel | None:
 def load_from(folder: Path, compilers: Sequence[str] = COMPILERS) -> Kernel | None:
     """The kernel from its file in `folder`, which is written, or written again if it is damaged or another's."""
     try:
-        source = SOURCE.read_bytes()
-        key = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), platform.machine().encode()])).hexdigest()
-        path = folder / f"experts-{key[:32]}.so"
+        sources = [path.read_bytes() for path in (HEADER, *SOURCES)]
+        key = hashlib.sha256(b"\0".join([*sources, " ".join(FLAGS).encode(), platform.machine().encode()])).hexdigest()
+        path = folder / f"kernels-{key[:32]}.so"
         if not _sound(path):
             _compile(path, compilers)
         if not _sound(path):
@@ -226,7 +265,7 @@ def _compile(path: Path, compilers: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as work:  # 0700, and on the file system that the file is to be on
         made, ready = Path(work, "made.so"), Path(work, "ready.so")
         subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"],
+            [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"],
             check=True, timeout=_COMPILE_S, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": work},
         )  # fmt: skip
@@ -238,7 +277,7 @@ def _compile(path: Path, compilers: Sequence[str]) -> None:
 
 
 def _correct(kernel: Kernel) -> bool:
-    """Whether a compiler new to us made something that computes: one small expert, in both types."""
+    """Whether a compiler new to us made something that computes: one small expert, a linear layer, in both types."""
     hidden, inner = 40, 24
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         values = ((torch.arange(3 * inner * hidden) * 7919 % 1000) / 1000 - 0.3).to(dtype)
@@ -251,6 +290,9 @@ def _correct(kernel: Kernel) -> bool:
         kernel.run(x, [(where, [0])], torch.ones(1), out, top_k=1, activation=0)
         gate, up = (x.double() @ gate_up.double().t()).chunk(2, dim=-1)
         want = (torch.nn.functional.silu(gate) * up) @ down.double().t()
-        if not (out.double() - want).abs().max() <= tolerance * want.abs().max():
-            return False
+        product = kernel.linear(x, down.t().contiguous(), down[:inner, 0].contiguous())
+        wanted = x.double() @ down.double() + down[:inner, 0].double()
+        for a, b in ((out, want), (product, wanted)):
+            if a is None or not (a.double() - b).abs().max() <= tolerance * b.abs().max():
+                return False
     return True

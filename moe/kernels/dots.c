@@ -1,0 +1,295 @@
+/* Sums of products of rows with a few inputs, and what is done to them, for each level of instructions.
+ *
+ * Every dot product is summed in one order that depends on nothing but its length and the level: not on the other rows
+ * and tokens in the call. Products accumulate in float32.
+ */
+#include "kernels.h"
+#include <math.h>
+
+/* e^x within an ulp or two, in a form that compilers vectorise (Cephes' expf: Moshier, netlib.org/cephes) */
+INLINE float exponential(float x) {
+    x = x > 89.0f ? 89.0f : x; /* infinite */
+    x = x < -87.0f ? -87.0f : x;
+    float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f; /* 1.5 · 2^23: to the nearest integer */
+    float r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    /* 2^n in two factors: n = 128 alone would be infinite */
+    int32_t half = (int32_t)n >> 1, other = (int32_t)n - half;
+    int32_t a = (half + 127) << 23, b = (other + 127) << 23;
+    float fa, fb;
+    memcpy(&fa, &a, 4);
+    memcpy(&fb, &b, 4);
+    return p * fa * fb;
+}
+
+INLINE float activated(float g, int act) {
+    /* x·sigmoid(z): z = x for SiLU; the tanh form of GELU is the same with z = 2·sqrt(2/π)·(x + 0.044715·x³) */
+    float z = act == GELU_TANH ? 1.5957691216057308f * (g + 0.044715f * g * g * g) : g;
+    return g / (1.0f + exponential(-z));
+}
+
+INLINE void gated_any(const float *gate, const float *up, int rows, int act, int type, int narrowed, void *product) {
+    for (int r = 0; r < rows; r++) {
+        float g = rounded(activated(rounded(gate[r], type), act), type);
+        float p = g * rounded(up[r], type);
+        if (narrowed)
+            ((bf16 *)product)[r] = narrow(p);
+        else
+            ((float *)product)[r] = rounded(p, type);
+    }
+}
+
+INLINE void gated_all(const float *gate, const float *up, int rows, int act, int type, int narrowed, void *product) {
+    if (type == FLOAT32 && act == SILU)
+        gated_any(gate, up, rows, SILU, FLOAT32, 0, product);
+    else if (type == FLOAT32)
+        gated_any(gate, up, rows, GELU_TANH, FLOAT32, 0, product);
+    else if (act == SILU)
+        gated_any(gate, up, rows, SILU, BFLOAT16, narrowed, product);
+    else
+        gated_any(gate, up, rows, GELU_TANH, BFLOAT16, narrowed, product);
+}
+
+INLINE void scaled_all(const float *sums, int rows, float weight, int type, void *out) {
+    if (type == FLOAT32)
+        for (int r = 0; r < rows; r++)
+            ((float *)out)[r] = sums[r] * weight;
+    else
+        for (int r = 0; r < rows; r++)
+            ((bf16 *)out)[r] = narrow(rounded(sums[r], BFLOAT16) * weight);
+}
+
+INLINE void stored_all(const float *sums, int rows, const void *bias, int type, void *out) {
+    if (type == FLOAT32)
+        for (int r = 0; r < rows; r++)
+            ((float *)out)[r] = bias ? sums[r] + ((const float *)bias)[r] : sums[r];
+    else
+        for (int r = 0; r < rows; r++)
+            ((bf16 *)out)[r] = narrow(bias ? sums[r] + widen(((const bf16 *)bias)[r]) : sums[r]);
+}
+
+/* The elementwise parts are the same for each level; the compiler vectorises them for it. */
+#define ELEMENTWISE(level, narrowed, attribute)                                                                        \
+    attribute static void gated_##level(const float *g, const float *u, int rows, int act, int type, void *product) {  \
+        gated_all(g, u, rows, act, type, narrowed, product);                                                           \
+    }                                                                                                                  \
+    attribute static void scaled_##level(const float *sums, int rows, float weight, int type, void *out) {             \
+        scaled_all(sums, rows, weight, type, out);                                                                     \
+    }                                                                                                                  \
+    attribute static void stored_##level(const float *sums, int rows, const void *bias, int type, void *out) {         \
+        stored_all(sums, rows, bias, type, out);                                                                       \
+    }
+
+/* plain C: 16 sums side by side, which any compiler can keep in vectors */
+
+INLINE float dot_plain(const void *w, int type, const float *x, int64_t k) {
+    float lane[16] = {0};
+    int64_t i = 0;
+    for (; i + 16 <= k; i += 16)
+        for (int j = 0; j < 16; j++)
+            lane[j] += x[i + j] * (type == BFLOAT16 ? widen(((const bf16 *)w)[i + j]) : ((const float *)w)[i + j]);
+    for (int j = 0; i < k; i++, j++)
+        lane[j] += x[i] * (type == BFLOAT16 ? widen(((const bf16 *)w)[i]) : ((const float *)w)[i]);
+    for (int width = 8; width; width /= 2)
+        for (int j = 0; j < width; j++)
+            lane[j] += lane[j + width];
+    return lane[0];
+}
+
+#define PLAIN_DOTS(name, type, size)                                                                                   \
+    static void name(const void *w, int64_t stride, int rows, const void *const *x, int tokens, int64_t k,             \
+                     float *sums, const void *next) {                                                                  \
+        (void)next; /* whatever the processor does by itself */                                                        \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            for (int t = 0; t < tokens; t++)                                                                           \
+                sums[t * ROWS + r] = dot_plain((const char *)w + r * stride * size, type, x[t], k);                    \
+    }
+PLAIN_DOTS(dots_plain_f32, FLOAT32, 4)
+PLAIN_DOTS(dots_plain_bf16, BFLOAT16, 2)
+ELEMENTWISE(plain, 0, )
+
+#if X86
+
+/* A tile of R rows and T tokens, both known to the compiler: R·T sums in registers. `step` elements are multiplied at
+ * a time; the last ones through a mask (or, in AVX2, by way of a padded copy). */
+#define TILE_BODY(R, T, acc_t, zero, step, size, loop, tail)                                                           \
+    acc_t acc[TILE][TILE];                                                                                             \
+    _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                                \
+        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++) acc[r][t] = zero;                                          \
+    int64_t i = 0;                                                                                                     \
+    for (; i + step <= k; i += step) {                                                                                 \
+        if (ahead)                                                                                                     \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                        \
+                _mm_prefetch((const char *)ahead + (r * stride + i) * size, _MM_HINT_T0);                              \
+        loop                                                                                                           \
+    }                                                                                                                  \
+    if (i < k) {                                                                                                       \
+        tail                                                                                                           \
+    }
+
+/* Calls the tile with constants for every number of rows (TILE or 1) and of tokens (1 to TILE). */
+#define DOTS(name, tile, attribute, most, size)                                                                        \
+    attribute static void name(const void *w, int64_t stride, int rows, const void *const *x, int tokens, int64_t k,   \
+                               float *sums, const void *next) {                                                        \
+        for (int r = 0; r < rows;) {                                                                                   \
+            int n = rows - r >= TILE ? TILE : 1;                                                                       \
+            const char *at = (const char *)w + r * stride * size;                                                      \
+            for (int t = 0; t < tokens;) {                                                                             \
+                int m = tokens - t < most ? tokens - t : most;                                                         \
+                float *to = sums + t * ROWS + r;                                                                       \
+                const void *ahead = t ? NULL : r + 2 * TILE <= rows ? at + TILE * stride * size : next;                \
+                if (n == TILE) {                                                                                       \
+                    switch (m) {                                                                                       \
+                    case 1: tile(TILE, 1, at, stride, x + t, k, to, ahead); break;                                     \
+                    case 2: tile(TILE, 2, at, stride, x + t, k, to, ahead); break;                                     \
+                    case 3: tile(TILE, 3, at, stride, x + t, k, to, ahead); break;                                     \
+                    default: tile(TILE, 4, at, stride, x + t, k, to, ahead); break;                                    \
+                    }                                                                                                  \
+                } else {                                                                                               \
+                    m = 1;                                                                                             \
+                    tile(1, 1, at, stride, x + t, k, to, NULL);                                                           \
+                }                                                                                                      \
+                t += m;                                                                                                \
+            }                                                                                                          \
+            r += n;                                                                                                    \
+        }                                                                                                              \
+    }
+
+/* AVX2 and FMA: 8 elements at a time; the last few in a padded copy */
+
+#define T_AVX2 __attribute__((target("avx2,fma")))
+
+T_AVX2 INLINE float sum_avx2(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+T_AVX2 INLINE __m256 widen_avx2(const void *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+
+#define AVX2_TILE(name, size, load)                                                                                    \
+    T_AVX2 INLINE void name(const int R, const int T, const void *w, int64_t stride, const void *const *x, int64_t k,  \
+                            float *sums, const void *ahead) {                                                                  \
+        TILE_BODY(                                                                                                     \
+            R, T, __m256, _mm256_setzero_ps(), 8, size,                                                                \
+            {                                                                                                          \
+                __m256 v[TILE];                                                                                        \
+                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) v[r] =                                             \
+                    load((const void *)((const char *)w + (r * stride + i) * size));                                   \
+                _Pragma("GCC unroll 4") for (int t = 0; t < T; t++) {                                                  \
+                    __m256 y = _mm256_loadu_ps((const float *)x[t] + i);                                               \
+                    _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) acc[r][t] =                                    \
+                        _mm256_fmadd_ps(v[r], y, acc[r][t]);                                                           \
+                }                                                                                                      \
+            },                                                                                                         \
+            {                                                                                                          \
+                float last[8];                                                                                         \
+                char row[32];                                                                                          \
+                for (int t = 0; t < T; t++) {                                                                          \
+                    memset(last, 0, sizeof last);                                                                      \
+                    memcpy(last, (const float *)x[t] + i, (size_t)(k - i) * 4);                                        \
+                    __m256 y = _mm256_loadu_ps(last);                                                                  \
+                    _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) {                                              \
+                        memset(row, 0, sizeof row);                                                                    \
+                        memcpy(row, (const char *)w + (r * stride + i) * size, (size_t)(k - i) * size);                \
+                        acc[r][t] = _mm256_fmadd_ps(load((const void *)row), y, acc[r][t]);                            \
+                    }                                                                                                  \
+                }                                                                                                      \
+            })                                                                                                         \
+        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++)                                                            \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[t * ROWS + r] = sum_avx2(acc[r][t]);              \
+    }
+#define LOAD_AVX2(p) _mm256_loadu_ps((const float *)(p))
+AVX2_TILE(tile_avx2_f32, 4, LOAD_AVX2)
+AVX2_TILE(tile_avx2_bf16, 2, widen_avx2)
+/* 16 registers: two tokens at a time */
+DOTS(dots_avx2_f32, tile_avx2_f32, T_AVX2, 2, 4)
+DOTS(dots_avx2_bf16, tile_avx2_bf16, T_AVX2, 2, 2)
+ELEMENTWISE(avx2, 0, T_AVX2)
+
+/* AVX-512: 16 elements at a time, masked at the end */
+
+#define T_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define AVX512_STEP(acc_op, load_w, load_x, vec)                                                                       \
+    {                                                                                                                  \
+        vec v[TILE];                                                                                                   \
+        _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) v[r] = load_w;                                             \
+        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++) {                                                          \
+            vec y = load_x;                                                                                            \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) acc[r][t] = acc_op(acc[r][t], v[r], y);                \
+        }                                                                                                              \
+    }
+#define AVX512_TILE(name, attribute, step, size, vec, acc_op, load_w, load_x, mask_t, mask_w, mask_x)                  \
+    attribute INLINE void name(const int R, const int T, const void *w, int64_t stride, const void *const *x,          \
+                               int64_t k, float *sums, const void *ahead) {                                                    \
+        TILE_BODY(R, T, __m512, _mm512_setzero_ps(), step, size,                                                       \
+                  AVX512_STEP(acc_op, load_w((const char *)w + (r * stride + i) * size), load_x(x[t], i), vec), {      \
+                      mask_t m = (mask_t)((((uint64_t)1) << (k - i)) - 1);                                             \
+                      AVX512_STEP(acc_op, mask_w(m, (const char *)w + (r * stride + i) * size), mask_x(m, x[t], i),    \
+                                  vec)                                                                                 \
+                  })                                                                                                   \
+        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++)                                                            \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[t * ROWS + r] = _mm512_reduce_add_ps(acc[r][t]);  \
+    }
+
+#define FMA512(a, v, y) _mm512_fmadd_ps(v, y, a)
+#define W32(p) _mm512_loadu_ps((const float *)(p))
+#define X32(x, i) _mm512_loadu_ps((const float *)(x) + (i))
+#define MW32(m, p) _mm512_maskz_loadu_ps(m, (const float *)(p))
+#define MX32(m, x, i) _mm512_maskz_loadu_ps(m, (const float *)(x) + (i))
+#define WIDEN512(h) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))
+#define W16(p) WIDEN512(_mm256_loadu_si256((const __m256i *)(p)))
+#define MW16(m, p) WIDEN512(_mm256_maskz_loadu_epi16(m, p))
+
+AVX512_TILE(tile_avx512_f32, T_AVX512, 16, 4, __m512, FMA512, W32, X32, __mmask16, MW32, MX32)
+AVX512_TILE(tile_avx512_bf16, T_AVX512, 16, 2, __m512, FMA512, W16, X32, __mmask16, MW16, MX32)
+DOTS(dots_avx512_f32, tile_avx512_f32, T_AVX512, 4, 4)
+DOTS(dots_avx512_bf16, tile_avx512_bf16, T_AVX512, 4, 2)
+ELEMENTWISE(avx512, 0, T_AVX512)
+
+/* AVX-512 with dot products of bfloat16 pairs: 32 elements at a time, both sides in bfloat16 */
+
+#define T_DPBF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx512bf16")))
+#define DP512(a, v, y) _mm512_dpbf16_ps(a, (__m512bh)(v), (__m512bh)(y))
+#define WB(p) _mm512_loadu_si512((const void *)(p))
+#define XB(x, i) _mm512_loadu_si512((const void *)((const bf16 *)(x) + (i)))
+#define MWB(m, p) _mm512_maskz_loadu_epi16(m, (const void *)(p))
+#define MXB(m, x, i) _mm512_maskz_loadu_epi16(m, (const void *)((const bf16 *)(x) + (i)))
+
+AVX512_TILE(tile_dpbf16, T_DPBF16, 32, 2, __m512i, DP512, WB, XB, __mmask32, MWB, MXB)
+DOTS(dots_dpbf16, tile_dpbf16, T_DPBF16, 4, 2)
+ELEMENTWISE(dpbf16, 1, T_DPBF16)
+
+#endif
+
+const Level levels[] = {
+    {{dots_plain_f32, dots_plain_bf16}, gated_plain, scaled_plain, stored_plain, 0},
+#if X86
+    {{dots_avx2_f32, dots_avx2_bf16}, gated_avx2, scaled_avx2, stored_avx2, 0},
+    {{dots_avx512_f32, dots_avx512_bf16}, gated_avx512, scaled_avx512, stored_avx512, 0},
+    {{dots_avx512_f32, dots_dpbf16}, gated_dpbf16, scaled_dpbf16, stored_dpbf16, 1},
+#endif
+};
+
+/* The best level of instructions here; every lower one works too, where there are any between. */
+int offload_level(void) {
+#if X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+            return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+        return AVX2;
+    }
+#endif
+    return PLAIN;
+}

@@ -1,0 +1,64 @@
+"""Linear layers of few tokens on the CPU, by the kernel (`moe.kernels`) instead of torch.
+
+Decoding reads every weight once for a token or a few: what counts is how fast memory is read, and torch reads it at
+half to two thirds of the speed that is there, and starts its threads anew for each product. Prompts are torch's.
+Which of the two computes is decided by the number of tokens and the type, never by where a weight comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from moe import kernels
+from moe.kernels import Kernel
+
+MOST_TOKENS = 16  # by the kernel, which reads the weights once for as many
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def attach(model: nn.Module, device: torch.device) -> bool:
+    """Let the kernel compute the linear layers of `model` where it can; False where torch computes everything.
+
+    A layer's weights are looked up in each call: they are views that come and go.
+    """
+    kernel = kernels.load() if device.type == "cpu" else None
+    if kernel is not None:
+        for module in model.modules():
+            if type(module) is nn.Linear:  # what else a subclass does is not known
+                module.__dict__["forward"] = _forward(module, module.forward, kernel)
+    return kernel is not None
+
+
+def product(device: torch.device) -> Product:
+    """What computes x [..., K] times weight [N, K] transposed in this process, for measurements."""
+    kernel = kernels.load() if device.type == "cpu" else None
+
+    def by_kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert kernel is not None
+        out = kernel.linear(x, weight) if x.numel() <= MOST_TOKENS * weight.size(1) else None
+        return linear(x, weight) if out is None else out
+
+    return linear if kernel is None else by_kernel
+
+
+def _forward(module: nn.Linear, by_torch: Callable[..., Any], kernel: Kernel) -> Callable[[torch.Tensor], torch.Tensor]:
+    parameters = module._parameters
+    most = MOST_TOKENS * module.in_features
+
+    def forward(input: torch.Tensor) -> torch.Tensor:  # as torch names it
+        if input.numel() <= most and not torch.is_grad_enabled():
+            weight = parameters["weight"]
+            assert weight is not None
+            out = kernel.linear(input, weight, parameters["bias"])
+            if out is not None:
+                return out
+        result: torch.Tensor = by_torch(input)
+        return result
+
+    return forward
