@@ -51,14 +51,15 @@ def questions(part: int) -> list[str]:
     return [*out, *(("What is 7 plus 5?", "Hello!") if part else ("What is 3 plus 4?", "Who are you?"))]
 
 
-def record(part: int, predictor: str, out: Path) -> dict[str, Any]:
+def record(part: int, predictor: str, out: Path, depth: int = 1) -> dict[str, Any]:
     """Answers of the bundled model, routing written to `out`: what was foreseen, by layer."""
     import offload
     from moe import LayerUse
 
     with offload.load(
-        "demo-moe", resident="60%", context=512, record_routing=str(out), expert_predictor=predictor
-    ) as model:
+        "demo-moe", resident="60%", context=512, record_routing=str(out), expert_predictor=predictor,
+        expert_depth=depth,
+    ) as model:  # fmt: skip
         total = [LayerUse() for _ in range(6)]
         prompt = new = 0
         for q in questions(part):
@@ -66,8 +67,13 @@ def record(part: int, predictor: str, out: Path) -> dict[str, Any]:
             stats = model.run([text], max_new_tokens=96).stats
             total = [a + b for a, b in zip(total, stats.experts_by_layer, strict=True)]
             prompt, new = prompt + stats.prompt_tokens, new + stats.new_tokens
+        known = [[r for r in model.engine.experts.foreseen(d) if r is not None] for d in range(1, depth + 1)]
     return {
         "prompt_tokens": prompt, "new_tokens": new,
+        "ahead": [
+            {"router": statistics.mean(a for a, _ in pairs), "corrected": statistics.mean(b for _, b in pairs)}
+            for pairs in known if pairs
+        ],
         "layers": [
             {"recall": u.recall, "precision": u.precision, "named": u.named / u.needed if u.needed else None}
             for u in total
@@ -165,6 +171,7 @@ def main() -> int:
             "others, with what was learned": _run(env, "record", 1, "gate", tmp / "judge.npz"),
             "others, by the router alone": _run(env, "record", 1, "router", tmp / "plain.npz"),
         }
+        deep = _run(env, "record", 1, "gate", tmp / "deep.npz", 3)["ahead"]
         for name, r in foreseen.items():
             say(f"  {name}: recall " + " ".join(f"{x['recall']:.2f}" for x in r["layers"][1:]))
         base = {"slots": args.slots, "new": args.new_tokens}
@@ -198,7 +205,8 @@ def main() -> int:
     write_json(args.out, {
         "kind": "routing", "name": "routing", "date": today(), "machine": machine(), "load_average_before": load,
         "rounds": args.rounds, "slots": args.slots, "experts": 192, "new_tokens": args.new_tokens,
-        "checkpoint": checkpoints.SPECS[MODEL].config, "foreseen": foreseen, "rows": table, "counted": bound,
+        "checkpoint": checkpoints.SPECS[MODEL].config, "foreseen": foreseen, "ahead": deep, "rows": table,
+        "counted": bound,
         "guard": {"limit": LIMIT, "cases": guard},
     })  # fmt: skip
     return 0
@@ -216,7 +224,7 @@ def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _work(words: list[str]) -> dict[str, Any]:
     what, *rest = words
     if what == "record":
-        return record(int(rest[0]), rest[1], Path(rest[2]))
+        return record(int(rest[0]), rest[1], Path(rest[2]), int(rest[3]) if len(rest) > 3 else 1)
     if what == "decode":
         return decode(Path(rest[0]), Path(rest[1]), json.loads(rest[2]))
     return counted(Path(rest[0]), int(rest[1]), int(rest[2]))

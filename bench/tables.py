@@ -206,6 +206,9 @@ def _routing(result: Result) -> str:
         f"{100 * _mean([x['named'] for x in f['layers'][1:]]):.0f} % with up to twice as many"
         for name, f in result["foreseen"].items()
     )
+    deep = ", ".join(
+        f"{n} ahead {100 * a['router']:.0f} and {100 * a['corrected']:.0f} %" for n, a in enumerate(result["ahead"], 1)
+    )
     guard = "; ".join(f"{name}: {100 * c['slower']:+.1f} %" for name, c in result["guard"]["cases"].items())
     config = result["checkpoint"]
     return "\n".join([
@@ -217,7 +220,8 @@ def _routing(result: Result) -> str:
         "",
         f"The default reaches {100 * default['tokens_per_s'] / best:.0f} % of the best (target 90 %).",
         "",
-        f"Foreseen one layer ahead (bundled model, all layers but the first): {foreseen}.",
+        f"Foreseen one layer ahead (bundled model, all layers but the first): {foreseen}. Over the last passes, with "
+        f"as many guesses as experts, router alone and corrected: {deep}.",
         "",
         f"Useless predictions (limit {100 * result['guard']['limit']:.0f} %), slower than without: {guard}.",
         "",

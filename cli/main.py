@@ -63,6 +63,7 @@ def _loading() -> _Parser:
     run.add_argument("--graphs", action="store_true", help="decode with CUDA graphs where weights stay on the device")
     run.add_argument("--expert-policy", default="router", metavar="NAME", help="which expert gives up its slot")
     run.add_argument("--expert-predictor", default="gate", metavar="NAME", help="who foresees experts; none: nobody")
+    run.add_argument("--expert-depth", type=_whole, default=1, metavar="N", help="layers ahead to look (default: 1)")
     run.add_argument(
         "--expert-compute", default="both", metavar="both|device", help="may the CPU compute beside a device"
     )

@@ -52,7 +52,7 @@ def _load(args: argparse.Namespace) -> Model:
         return offload.load(
             args.model, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device, dtype=args.dtype,
             context=args.context, threads=args.threads, link=args.link, trace=args.trace, graphs=args.graphs,
-            overrides=dict(args.settings), expert_policy=args.expert_policy,
+            overrides=dict(args.settings), expert_policy=args.expert_policy, expert_depth=args.expert_depth,
             expert_predictor=args.expert_predictor, expert_compute=args.expert_compute,
             record_routing=args.record_routing, replay_routing=getattr(args, "replay_routing", None), progress=progress,
         )  # fmt: skip

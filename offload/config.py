@@ -26,7 +26,8 @@ class RunConfig:
     (`offload.planning.placement.Overrides`). `graphs`: replay norms and MLPs of decode steps from CUDA graphs.
     `count_launches`: count kernel launches and host synchronisations of every pass, on a CUDA device; passes take much
     longer then. `expert_policy`, `expert_predictor`: which expert gives up its slot, and who foresees which are needed
-    (`moe.choices`). `expert_compute`: `both`, or `device` if the CPU is never to compute experts beside a device.
+    (`moe.choices`), `expert_depth` layers ahead. `expert_compute`: `both`, or `device` if the CPU is never to compute
+    experts beside a device.
     `record_routing`: file to write what routers chose to, when the model is closed (`moe.traces`).
     `replay_routing`: such a file, whose routing is followed in place of the model's own: to measure real routing on
     random weights; what the model says means nothing then.
@@ -46,6 +47,7 @@ class RunConfig:
     count_launches: bool = False
     expert_policy: str = POLICY
     expert_predictor: str = PREDICTOR
+    expert_depth: int = 1
     expert_compute: str = "both"
     record_routing: str | None = None
     replay_routing: str | None = None
@@ -64,7 +66,9 @@ class RunConfig:
         checked(self.expert_policy, POLICIES, "--expert-policy")
         checked(self.expert_predictor, PREDICTORS, "--expert-predictor")
         checked(self.expert_compute, ("both", "device"), "--expert-compute")
-        for flag, value in (("--context", self.context), ("--threads", self.threads)):
+        for flag, value in (
+            ("--context", self.context), ("--threads", self.threads), ("--expert-depth", self.expert_depth)
+        ):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{flag}: {value!r} is not a whole number above zero")
         for name, on in (("graphs", self.graphs), ("count_launches", self.count_launches)):

@@ -65,9 +65,10 @@ class Experts:
             self._replay = Replay(trace, self._counts, self._top_k)
         if config.record_routing is not None and self.groups:
             self._recorder = Recorder(self._counts)
-        size = GateCorrection.nbytes(facts.hidden, self._counts)
+        depth = config.expert_depth
+        size = GateCorrection.nbytes(facts.hidden, self._counts, depth)
         if choices.corrects(config.expert_predictor) and 0 < size <= MAX_CORRECTION:
-            self._correction = GateCorrection(facts.hidden, self._counts)
+            self._correction = GateCorrection(facts.hidden, self._counts, depth=depth)
         self.nbytes = size if self._correction is not None else 0
 
     def policy(self, slots: int) -> EvictionPolicy:
@@ -100,6 +101,7 @@ class Experts:
             correction=self._correction,
             fetch=self._fetch(memory),
             policies=[p for p in memory.expert_policies if isinstance(p, HearsRouter)],
+            depth=self._config.expert_depth,
             recorder=self._recorder,
             replay=self._replay,
         )
@@ -139,6 +141,12 @@ class Experts:
                 stalls=memory.compute.counters,
             )  # fmt: skip
             layer.beside = CpuSide(Beside(memory.compute, memory.host, keys, costs, pace), host)
+
+    def foreseen(self, ahead: int) -> list[tuple[float, float] | None]:
+        """For each layer, the recall of what was said of it so many layers before: by the router alone, corrected."""
+        layers = range(len(self._keys))
+        known = self._correction
+        return [known.recall(n - ahead, n) if known is not None and n >= ahead else None for n in layers]
 
     def close(self) -> None:
         """Write the routing that was asked for, and keep what was learned for the next run. Raises `UsageError`."""

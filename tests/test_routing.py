@@ -182,3 +182,13 @@ def test_json_tells_bytes_by_cause(tiny: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_default_is_not_lru() -> None:
     assert not isinstance(choices.policy(choices.POLICY, [["a"]], 1, 1), LRU)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_looking_farther_changes_no_token(tiny: Path, depth: int) -> None:
+    with offload.load(tiny, context=64, resident="80%", expert_depth=depth) as model:
+        result = model.run([PROMPT], max_new_tokens=12, ignore_eos=True)
+        said = model.engine.experts.foreseen(depth)
+    assert result.token_ids[0] == generated(tiny, resident=None)
+    assert [s is None for s in said] == [n < depth for n in range(4)]
+    assert all(0 <= s[0] <= 1 and 0 <= s[1] <= 1 for s in said if s is not None)
