@@ -10,8 +10,11 @@ import json
 import os
 import platform
 import re
+import statistics
+import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,25 @@ def worker_env() -> dict[str, str]:
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return {**os.environ, **quiet, "PYTHONPATH": path}
+
+
+def in_process(script: Path, env: Mapping[str, str], *words: object) -> dict[str, Any]:
+    """What `script --worker WORDS` prints, run in a process of its own. Raises `BenchError` with its last words."""
+    command = [sys.executable, str(script), "--worker", *map(str, words)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise BenchError(f"{' '.join(map(str, words))}: {run.stderr.strip()[-600:]}")
+    result: dict[str, Any] = json.loads(run.stdout)
+    return result
+
+
+def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each figure's median over the runs; None where none has it."""
+    out = {}
+    for key in runs[0]:
+        values = [r[key] for r in runs if r[key] is not None]
+        out[key] = statistics.median(values) if values else None
+    return out
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -12,18 +12,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import checkpoints
-from common import RESULTS, BenchError, default_scratch, load_average, machine, say, today, worker_env, write_json
+from common import (
+    RESULTS,
+    BenchError,
+    default_scratch,
+    in_process,
+    load_average,
+    machine,
+    medians,
+    say,
+    today,
+    worker_env,
+    write_json,
+)
 
 MODEL = "olmoe-2b"
 MODES = ("cpu", "device", "both")
+SCRIPT = Path(__file__)
 PROMPT, NEW = 256, 48
 OVERHEAD = 900 << 20  # the process itself, KV and temporaries
 
@@ -76,8 +87,8 @@ def main() -> int:
             runs: dict[str, list[dict[str, Any]]] = {m: [] for m in MODES}
             for n in range(args.rounds):
                 for mode in MODES if n % 2 == 0 else reversed(MODES):
-                    runs[mode].append(_run(env, folder, mode, args.device, link, str(args.share)))
-            medians = {m: _median(r) for m, r in runs.items()}
+                    runs[mode].append(in_process(SCRIPT, env, folder, mode, args.device, link, str(args.share)))
+            medians = {m: medians(r) for m, r in runs.items()}
             rows.append({"link": link, "modes": medians})
             for m, r in medians.items():
                 say(f"link {link}, {m}: prefill {r['prefill_tokens_per_s']:.0f}, decode "
@@ -89,23 +100,6 @@ def main() -> int:
         "new": NEW, "rows": rows,
     })  # fmt: skip
     return 0
-
-
-def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    out = {}
-    for key in runs[0]:
-        values = [r[key] for r in runs if r[key] is not None]
-        out[key] = statistics.median(values) if values else None
-    return out
-
-
-def _run(env: dict[str, str], *words: object) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__)), "--worker", *map(str, words)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise BenchError(f"{' '.join(map(str, words))}: {run.stderr.strip()[-600:]}")
-    result: dict[str, Any] = json.loads(run.stdout)
-    return result
 
 
 if __name__ == "__main__":

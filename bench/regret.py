@@ -12,14 +12,24 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import checkpoints
-from common import RESULTS, BenchError, default_scratch, load_average, machine, say, today, worker_env, write_json
+from common import (
+    RESULTS,
+    BenchError,
+    default_scratch,
+    in_process,
+    load_average,
+    machine,
+    say,
+    today,
+    worker_env,
+    write_json,
+)
 from predict import DENSE, LINK, MOE, OVERHEAD, profile
 
 TARGET = 0.05
@@ -118,12 +128,7 @@ def one(name: str, cell: dict[str, Any], folder: Path, rounds: int, env: dict[st
 
 def _run(folder: Path, cell: dict[str, Any], choice: dict[str, int], env: dict[str, str]) -> dict[str, Any]:
     plain = {k: v for k, v in cell.items() if k != "choices"}
-    command = [sys.executable, str(Path(__file__)), "--worker", str(folder), json.dumps(plain), json.dumps(choice)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise BenchError(f"{choice}: {run.stderr.strip()[-400:]}")
-    result: dict[str, Any] = json.loads(run.stdout)
-    return result
+    return in_process(Path(__file__), env, folder, json.dumps(plain), json.dumps(choice))
 
 
 if __name__ == "__main__":

@@ -20,16 +20,29 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import checkpoints
-from common import RESULTS, ROOT, BenchError, default_scratch, load_average, machine, say, today, worker_env, write_json
+from common import (
+    RESULTS,
+    ROOT,
+    BenchError,
+    default_scratch,
+    in_process,
+    load_average,
+    machine,
+    medians,
+    say,
+    today,
+    worker_env,
+    write_json,
+)
 
 MODEL = "routed"
+SCRIPT = Path(__file__)
 PROMPT = 32
 POLICIES = ("lru", "lfu", "adaptive", "equal", "shallow", "expected", "router")
 PREDICTORS = ("none", "router", "gate", "transitions", "repetition", "request", "history", "combination")
@@ -167,11 +180,11 @@ def main() -> int:
         env = {**worker_env(), "OFFLOAD_CACHE": str(tmp / "cache")}
         say("recording")
         foreseen = {
-            "learned from": _run(env, "record", 0, "gate", tmp / "learn.npz"),
-            "others, with what was learned": _run(env, "record", 1, "gate", tmp / "judge.npz"),
-            "others, by the router alone": _run(env, "record", 1, "router", tmp / "plain.npz"),
+            "learned from": in_process(SCRIPT, env, "record", 0, "gate", tmp / "learn.npz"),
+            "others, with what was learned": in_process(SCRIPT, env, "record", 1, "gate", tmp / "judge.npz"),
+            "others, by the router alone": in_process(SCRIPT, env, "record", 1, "router", tmp / "plain.npz"),
         }
-        deep = _run(env, "record", 1, "gate", tmp / "deep.npz", 3)["ahead"]
+        deep = in_process(SCRIPT, env, "record", 1, "gate", tmp / "deep.npz", 3)["ahead"]
         for name, r in foreseen.items():
             say(f"  {name}: recall " + " ".join(f"{x['recall']:.2f}" for x in r["layers"][1:]))
         base = {"slots": args.slots, "new": args.new_tokens}
@@ -185,11 +198,13 @@ def main() -> int:
         for n in range(args.rounds):
             for row, done in zip(rows, runs, strict=True):
                 options = {k: v for k, v in row.items() if k != "name"}
-                done.append(_run(env, "decode", folder, trace[row["expert_predictor"]], json.dumps(options)))
+                done.append(
+                    in_process(SCRIPT, env, "decode", folder, trace[row["expert_predictor"]], json.dumps(options))
+                )
                 say(f"round {n + 1}: {row['expert_policy']} {row['expert_predictor']}: "
                     f"{done[-1]['tokens_per_s']:.2f} tokens/s, hit {100 * done[-1]['hit']:.0f} %")  # fmt: skip
-        table = [{**row, **_median(done)} for row, done in zip(rows, runs, strict=True)]
-        bound = _run(env, "counted", tmp / "judge.npz", args.slots, args.new_tokens)
+        table = [{**row, **medians(done)} for row, done in zip(rows, runs, strict=True)]
+        bound = in_process(SCRIPT, env, "counted", tmp / "judge.npz", args.slots, args.new_tokens)
         guard = {}
         for name, path in adversaries(tmp, args.new_tokens).items():
             for policy in ("lru", "router"):
@@ -198,7 +213,7 @@ def main() -> int:
                     pair = {}
                     for q in ("none", "gate") if n % 2 else ("gate", "none"):
                         options = {**base, "expert_policy": policy, "expert_predictor": q}
-                        pair[q] = _run(env, "decode", folder, path, json.dumps(options))["tokens_per_s"]
+                        pair[q] = in_process(SCRIPT, env, "decode", folder, path, json.dumps(options))["tokens_per_s"]
                     ratios.append(pair["none"] / pair["gate"] - 1)
                 guard[f"{name}, {policy}"] = {"slower": statistics.median(ratios), "pairs": sorted(ratios)}
                 say(f"{name}, {policy}: {100 * guard[f'{name}, {policy}']['slower']:+.1f} % slower with prediction")
@@ -212,15 +227,6 @@ def main() -> int:
     return 0
 
 
-def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each figure's median over the rounds."""
-    out = {}
-    for key in runs[0]:
-        values = [r[key] for r in runs if r[key] is not None]
-        out[key] = statistics.median(values) if values else None
-    return out
-
-
 def _work(words: list[str]) -> dict[str, Any]:
     what, *rest = words
     if what == "record":
@@ -228,15 +234,6 @@ def _work(words: list[str]) -> dict[str, Any]:
     if what == "decode":
         return decode(Path(rest[0]), Path(rest[1]), json.loads(rest[2]))
     return counted(Path(rest[0]), int(rest[1]), int(rest[2]))
-
-
-def _run(env: dict[str, str], *words: object) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__)), "--worker", *map(str, words)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise BenchError(f"{' '.join(map(str, words))}: {run.stderr.strip()[-600:]}")
-    result: dict[str, Any] = json.loads(run.stdout)
-    return result
 
 
 if __name__ == "__main__":
