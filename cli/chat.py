@@ -96,6 +96,7 @@ def _slash(line: str, conversation: Conversation, model: Model) -> None:
                 if u.needed:
                     rows[f"layer {i}"] = (
                         f"{u.needed} needed: {u.hit} found, {u.ahead} ahead, {u.late} late, {u.missed} missed"
+                        f"{f', {u.cpu} on the CPU' if u.cpu else ''}"
                     )
         if s.learned:
             rows["learned"] = s.learned

@@ -45,7 +45,9 @@ class Experts:
     """Made before the plan (`nbytes` belongs to its budget), connected after, closed with the engine."""
 
     def __init__(self, layout: ModelLayout, facts: ModelFacts, config: RunConfig, machine_id: str) -> None:
-        """Raises `UsageError`, `ModelError`: a trace to be replayed is not there, damaged, or of another shape."""
+        """Raises `UsageError`, `ModelError`: a trace to be replayed is not there, damaged, or of another shape; or
+        there is nothing to record or replay.
+        """
         self.groups: list[tuple[LayerLayout, ExpertGroup]] = [
             (layer, group) for layer in layout.layers for group in layer.experts
         ]
@@ -60,10 +62,13 @@ class Experts:
         self._replay: Replay | None = None
         self.lookahead: ExpertLookahead | None = None
         self._lifts = True
+        for flag, file in (("--record-routing", config.record_routing), ("--replay-routing", config.replay_routing)):
+            if file is not None and not self.groups:
+                raise UsageError(f"{flag} {file}: this model has no experts that are routed to one by one")
         if config.replay_routing is not None:
             trace = RoutingTrace.load(Path(config.replay_routing))
             self._replay = Replay(trace, self._counts, self._top_k)
-        if config.record_routing is not None and self.groups:
+        if config.record_routing is not None:
             self._recorder = Recorder(self._counts)
         depth = config.expert_depth
         size = GateCorrection.nbytes(facts.hidden, self._counts, depth)

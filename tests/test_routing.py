@@ -192,3 +192,11 @@ def test_looking_farther_changes_no_token(tiny: Path, depth: int) -> None:
     assert result.token_ids[0] == generated(tiny, resident=None)
     assert [s is None for s in said] == [n < depth for n in range(4)]
     assert all(0 <= s[0] <= 1 and 0 <= s[1] <= 1 for s in said if s is not None)
+
+
+@pytest.mark.parametrize("option", ["record_routing", "replay_routing"])
+def test_a_model_without_experts_has_no_routing(tmp_path: Path, option: str) -> None:
+    save(build("llama"), tmp_path)
+    synthetic.even(3, 8, 2, 4).save(tmp_path / "r.npz")
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} .*no experts"):
+        offload.load(tmp_path, **{option: str(tmp_path / "r.npz")})
