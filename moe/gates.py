@@ -22,11 +22,33 @@ from tiers import ModelError
 
 RATE = 0.3  # of the normalised step: 0.1 to 0.4 do equally well on the bundled model
 LEARNED_FROM = 16  # tokens of a pass, the last ones: a prompt's first tokens are many, and much alike
-_ROUTED = 64  # tokens after which it is known whether a family's router chooses by its logits alone
+_ROUTED = 256  # choices after which it is known whether a family's router chooses by its logits alone
 
 
 # One layer's router asked apart from its block: hidden [T, H] → logits [T, experts] as they are, and the choice [T, k].
 Router = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class _ByLogits:
+    """Whether a router chooses by its logits alone: seen within some tokens, and not asked again."""
+
+    __slots__ = ("cases", "true")
+
+    def __init__(self) -> None:
+        self.true = self.cases = 0
+
+    def note(self, true: int, cases: int) -> None:
+        """So many of the choices were those of the greatest logits."""
+        self.true, self.cases = self.true + true, self.cases + cases
+
+    @property
+    def settled(self) -> bool:
+        return self.cases >= _ROUTED
+
+    @property
+    def holds(self) -> bool:
+        """Believed until it is refuted."""
+        return not self.settled or self.true > 0.99 * self.cases
 
 
 class GateCorrection:
@@ -45,10 +67,10 @@ class GateCorrection:
         self._experts = tuple(experts)
         self._depth = depth
         self._matrix: dict[tuple[int, int], torch.Tensor] = {}
-        # → input, the router's logits, corrected ones: what was said of a layer that has not run yet
-        self._pending: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        # → input, corrected logits, the router's choice, the corrected one: what was said of a layer that has not run
+        self._pending: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._recall: dict[tuple[int, int], tuple[Ratio, Ratio]] = {}  # → the router alone, corrected
-        self._by_logits = [Ratio() for _ in experts]
+        self._by_logits = [_ByLogits() for _ in experts]
         self.learned = 0  # tokens
 
     @staticmethod
@@ -63,42 +85,39 @@ class GateCorrection:
 
         hidden [T, H] is the input of `layer`; logits [T, experts] and index are what the router of `later` says of it.
         """
-        key = (layer, later)
+        key, k = (layer, later), index.shape[-1]
         x, plain = hidden.float(), logits.float()
         matrix = self._matrix.get(key)
         corrected = plain if matrix is None else torch.addmm(plain, x, matrix.t())
-        self._pending[key] = (x[-LEARNED_FROM:], plain[-LEARNED_FROM:], corrected[-LEARNED_FROM:])
-        if not self._trusted(later):
+        best = corrected.topk(min(width, corrected.shape[-1]), dim=-1).indices
+        recent = slice(-LEARNED_FROM, None)
+        self._pending[key] = (x[recent], corrected[recent], index[recent], best[recent, :k])
+        if not self._by_logits[later].holds:
             return index
         known = self._recall.get(key)
         if known is not None and known[1].given(0.5, 1) < known[0].given(0.5, 1):
-            corrected = plain
-        return corrected.topk(min(width, corrected.shape[-1]), dim=-1).indices
+            return plain.topk(best.shape[-1], dim=-1).indices
+        return best
 
     def heard(self, later: int, logits: torch.Tensor, index: torch.Tensor) -> None:
         """The router of `later` has now run: logits [T, experts], its choice index [T, k]."""
         logits, index = logits[-LEARNED_FROM:].float(), index[-LEARNED_FROM:]
-        k = index.shape[-1]
-        chosen = torch.zeros(logits.shape, dtype=torch.bool).scatter_(-1, index, True)
-
-        def found(guess: torch.Tensor) -> float:
-            return float(chosen.gather(-1, guess.topk(k, dim=-1).indices).sum())
-
-        self._by_logits[later].note(found(logits), index.numel())
+        if not self._by_logits[later].settled:
+            self._by_logits[later].note(_found(logits.topk(index.shape[-1], dim=-1).indices, index), index.numel())
         for layer in range(max(0, later - self._depth), later):
             said = self._pending.pop((layer, later), None)
-            if said is None or said[2].shape != logits.shape:
+            if said is None or said[1].shape != logits.shape:
                 continue
-            x, alone, predicted = said
+            x, predicted, alone, corrected = said
             matrix = self._matrix.get((layer, later))
             if matrix is None:
                 matrix = torch.zeros(logits.shape[-1], x.shape[-1])
                 self._matrix[layer, later] = matrix
             plain, better = self._recall.setdefault((layer, later), (Ratio(), Ratio()))
-            better.note(found(predicted), index.numel())
-            plain.note(found(alone), index.numel())
+            better.note(_found(corrected, index), index.numel())
+            plain.note(_found(alone, index), index.numel())
             # one step for all tokens of the pass, each normalised by its own length
-            step = (logits - predicted) / (x.square().sum(-1, keepdim=True) + 1e-6)
+            step = (logits - predicted).div_(x.square().sum(-1, keepdim=True).add_(1e-6))
             matrix.addmm_(step.t(), x, alpha=RATE / len(x) ** 0.5)
         self.learned += len(logits) if later == len(self._experts) - 1 else 0
 
@@ -106,10 +125,6 @@ class GateCorrection:
         """Of the experts that `later` chose, the share among as many guesses: by the router alone, and corrected."""
         known = self._recall.get((layer, later))
         return None if known is None else (known[0].given(0.5, 0.0), known[1].given(0.5, 0.0))
-
-    def _trusted(self, layer: int) -> bool:
-        r = self._by_logits[layer]
-        return r.cases < _ROUTED or r.true / r.cases > 0.99
 
     def save(self, path: Path) -> None:
         """Keep it, in a checksummed file (`moe.store`) of 2 bytes a number. Raises `UsageError`."""
@@ -140,3 +155,10 @@ class GateCorrection:
             if later - layer <= self._depth:
                 whole = torch.from_numpy(part.astype(np.float32))
                 self._matrix[layer, later] = whole.view(self._experts[later], self._hidden)
+
+
+def _found(guess: torch.Tensor, index: torch.Tensor) -> int:
+    """How many of index [T, k] are in guess [T, k], row by row."""
+    if len(index) == 1:
+        return len(set(guess[0].tolist()).intersection(index[0].tolist()))
+    return int((guess[:, :, None] == index[:, None, :]).any(1).sum())

@@ -121,6 +121,7 @@ class ExpertLookahead:
         self._routers = routers
         self._most = most
         self._predictor = predictor
+        self._hears = isinstance(predictor, HearsGate)
         self._correction = correction
         self._fetch: Fetch = fetch or residency.prefetch
         self._policies = policies
@@ -196,8 +197,8 @@ class ExpertLookahead:
     def _foresee(self, later: int, guess: NDArray[np.integer[Any]] | None) -> None:
         if self._predictor is None:
             return
-        if guess is not None and isinstance(self._predictor, HearsGate):
-            self._predictor.ahead(later, guess)
+        if guess is not None and self._hears:
+            self._predictor.ahead(later, guess)  # type: ignore[attr-defined]
         self._said[later] = self._predictor.predict(later)
 
     def needs(self, layer: int, experts: Sequence[int], cpu: Sequence[int] = ()) -> None:

@@ -63,8 +63,13 @@ class Reliability:
 
     def note(self, layer: int, label: int, true: bool) -> None:
         """A guess is settled."""
-        self._all.setdefault(label, Ratio()).note(true)
-        self._layers.setdefault((layer, label), Ratio()).note(true)
+        whole, own = self._all.get(label), self._layers.get((layer, label))
+        if whole is None:
+            whole = self._all[label] = Ratio()
+        if own is None:
+            own = self._layers[layer, label] = Ratio()
+        whole.note(true)
+        own.note(true)
 
 
 class Measured(ABC):
