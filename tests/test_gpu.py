@@ -33,7 +33,9 @@ MOE = [f for f in FAMILIES if any("experts" in name for name in FAMILIES[f])]
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("room", ["smallest", "half", "everything"])
-def test_tokens_equal_the_resident_model(family: str, room: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compute", ["both", "device"])
+def test_tokens_equal_the_resident_model(family: str, room: str, compute: str, tmp_path: Path) -> None:
+    """Experts that lie in host memory are computed by the CPU, or moved."""
     oracle = save(build(family), tmp_path).cuda()
     ids = torch.randint(4, VOCAB, (1, 21), generator=torch.Generator().manual_seed(3))
     with pytest.raises(offload.BudgetError, match="--vram") as refusal:
@@ -45,14 +47,16 @@ def test_tokens_equal_the_resident_model(family: str, room: str, tmp_path: Path)
     with torch.inference_mode():
         want = oracle(ids.cuda()).logits
     tokens = oracle.generate(ids.cuda(), max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
-    with offload.load(tmp_path, device="cuda", vram=vram, context=128) as model:
+    with offload.load(tmp_path, device="cuda", vram=vram, context=128, expert_compute=compute) as model:
         got = model.hf(input_ids=ids.cuda()).logits
         assert got.device.type == "cuda"
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()
         result = model.run([ids[0].tolist()], max_new_tokens=NEW)
         assert result.token_ids[0] == tokens[: len(result.token_ids[0])]
+        use = result.stats.experts_use
         if room != "everything":
-            assert result.stats.total.bytes_up > 0
+            assert result.stats.total.bytes_up > 0 or (use is not None and use.cpu > 0)
+        assert compute == "both" or use is None or use.cpu == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "qwen3_moe"])
