@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from kvstore import make_cache
 from moe import LayerExperts, grouped, kernels
-from offload import graphs, hardware, hf, launches, linears
+from offload import graphs, hardware, hf, launches, native
 from offload.binding import Binder
 from offload.config import RunConfig
 from offload.describe import describe
@@ -277,7 +277,7 @@ class Engine:
         """Give every module its way to its blocks."""
         layout, memory = self.layout, self._memory
         self._forward = self.hf.forward
-        linears.attach(self.hf, self.device.torch_device)
+        native.attach(self.hf, self.device.torch_device)
         gone = {b.block.key for b in memory.streamed()}
         self._pins = [(Binder(self.hf, layout.rest), layout.rest.block.key)]
         modules = [(layer.module, layer.dense) for layer in layout.layers]

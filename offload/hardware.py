@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offload import linears
+from offload import native
 from offload.planning.machine import Machine, Rates
 from tiers import Arena, CpuDevice, Device, EmulatedDevice, ReadError, gds, probe
 from tiers import memory as mem
@@ -283,7 +283,7 @@ def _link_drag(device: Device) -> float:
 
 def _product(device: Device) -> probe.Product:
     """What computes linear layers on this device."""
-    return linears.product(device.torch_device)
+    return native.product(device.torch_device)
 
 
 def _layer_call(device: Device, repeats: int) -> float:
@@ -329,7 +329,7 @@ def _llama(
                          max_position_embeddings=2 * _CONTEXT)  # fmt: skip
     with torch.device(device.torch_device):
         model = LlamaForCausalLM(config).to(dtype).eval()
-    linears.attach(model, device.torch_device)
+    native.attach(model, device.torch_device)
     return model
 
 

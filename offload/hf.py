@@ -26,10 +26,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from offload.gather import Gather, NotAGather
 from tiers import CheckpointError, ModelError
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor | None]
 
 EXPERTS = "offload"  # the name our experts function is registered under
 _QUANT_SUFFIX = re.compile(
@@ -300,6 +303,31 @@ def _dispatch_experts(module: Any, *args: Any) -> Any:
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _dispatch_experts)
+
+
+def attach_attention(model: nn.Module, attend: Attend) -> None:
+    """Ask `attend` first wherever a module of `model` attends, by fused attention, with one new token per sequence."""
+    for module in model.modules():
+        module.__dict__["offload_attention"] = attend
+
+
+_by_torch = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _dispatch_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+    attend = module.__dict__.get("offload_attention")
+    # whatever is asked for besides, and this function does not ignore, is torch's
+    plain = attention_mask is None and not any(kwargs.get(k) is not None for k in ("position_bias", "cache", "softcap"))
+    if attend is not None and plain and query.shape[2] == 1 and not torch.is_grad_enabled():
+        scale = kwargs.get("scaling")
+        out = attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+        if out is not None:
+            return out, None
+    return _by_torch(module, query, key, value, attention_mask, **kwargs)
+
+
+# other models, which nothing is attached to, are computed as ever
+ALL_ATTENTION_FUNCTIONS.register("sdpa", _dispatch_attention)
 
 
 @dataclass(frozen=True, slots=True)

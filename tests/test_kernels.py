@@ -17,12 +17,13 @@ import torch
 from families import FAMILIES, VOCAB, build
 from torch import nn
 from torch.nn.functional import gelu, linear, silu
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import moe.experts
 import offload
 from moe import kernels
 from moe.kernels import Kernel, Matrices, load_from, matrices
-from offload import hf, linears
+from offload import hf, native
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = [torch.float32, torch.bfloat16]
@@ -305,8 +306,8 @@ def test_linear_modules(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None
     model = nn.ModuleList([nn.Linear(32, 16), nn.Linear(32, 16, bias=False), Quantised(32, 16)])
     plain = nn.ModuleList([nn.Linear(32, 16), nn.Linear(32, 16, bias=False), Quantised(32, 16)])
     plain.load_state_dict(model.state_dict())
-    assert linears.attach(model, torch.device("cpu"))
-    assert not linears.attach(plain, torch.device("meta"))
+    assert native.attach(model, torch.device("cpu"))
+    assert not native.attach(plain, torch.device("meta"))
     asked: list[int] = []
     run = Kernel.linear
 
@@ -326,10 +327,125 @@ def test_linear_modules(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [1] * 4 + [16] * 4
     model[0](torch.randn(1, 32, requires_grad=True)).sum().backward()
     assert model[0].weight.grad is not None
-    by = linears.product(torch.device("cpu"))
+    by = native.product(torch.device("cpu"))
     x, w, _ = product(16, 32, 3, torch.bfloat16)
     assert torch.equal(by(x, w), run(kernel, x, w))  # type: ignore[arg-type]
     assert by(x.half(), w.half()).dtype is torch.float16
+
+
+# attention
+
+
+def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """In float64."""
+    shared = query.size(1) // key.size(1)
+    k, v = (t.double().repeat_interleave(shared, dim=1) for t in (key, value))
+    weights = (query.double() @ k.transpose(-1, -2) * scale).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def held(
+    heads: int, kv_heads: int, length: int, width: int, out: int, dtype: torch.dtype, batch: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(heads + length)
+    q = torch.randn(batch, 1, heads, width, generator=g).mul_(3).to(dtype).transpose(1, 2)  # as projections leave it
+    room = torch.full((batch, kv_heads, length + 9, width + out), torch.nan, dtype=dtype)
+    k, v = room[:, :, :length, :width], room[:, :, 3 : length + 3, width:]  # with tokens to come behind, as in a cache
+    k.copy_(torch.randn(k.shape, generator=g))
+    v.copy_(torch.randn(v.shape, generator=g))
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "out"),
+    [(1, 1, 8, 8), (4, 2, 33, 33), (6, 1, 70, 17), (16, 16, 64, 64), (32, 2, 24, 256)],
+)
+def test_attention(kernel: Kernel, heads: int, kv_heads: int, width: int, out: int, dtype: torch.dtype) -> None:
+    for length in (1, 2, 7, 63, 64, 65, 130, 333):
+        q, k, v = held(heads, kv_heads, length, width, out, dtype, batch=2)
+        want = attended(q, k, v, 0.3)
+        for level, threads in itertools.product(kernel.levels, (1, 3)):
+            got = kernel.at(level, threads).attention(q, k, v, 0.3)
+            assert got is not None and got.shape == (2, 1, heads, out) and got.is_contiguous()
+            worst = error(got, want)
+            assert worst < (4e-6 if dtype is torch.float32 else 2**-8), (level, threads, length)
+
+
+def test_attention_large_enough_for_all_threads(kernel: Kernel) -> None:
+    q, k, v = held(8, 8, 4000, 32, 32, torch.float32)
+    for level in kernel.levels:
+        alone = kernel.at(level, 1).attention(q, k, v, 1.0)
+        assert alone is not None
+        assert error(alone, attended(q, k, v, 1.0)) < 1e-5
+        for threads in (2, 5):
+            assert torch.equal(kernel.at(level, threads).attention(q, k, v, 1.0), alone)  # type: ignore[arg-type]
+
+
+def test_attention_to_scores_of_every_size(kernel: Kernel) -> None:
+    """Scores that grow, fall, and are far apart; and values that are no numbers."""
+    for dtype, level in itertools.product(TYPES, kernel.levels):
+        at = kernel.at(level)
+        q, k, v = held(2, 1, 200, 16, 16, dtype)
+        for factor in (0.0, 1e-3, 40.0, -40.0):
+            grown = (k.float() * torch.linspace(0, factor, 200)[:, None]).to(dtype)
+            got = at.attention(q, grown, v, 1.0)
+            assert got is not None
+            assert error(got, attended(q, grown, v, 1.0)) < (2e-5 if dtype is torch.float32 else 2**-7)
+        v[0, 0, 150, 3] = torch.nan
+        got = at.attention(q, k, v, 1.0)
+        assert got is not None
+        assert got[..., 3].isnan().all() and not got[..., :3].isnan().any()
+        k[0, 0, 70, 5] = torch.nan
+        got = at.attention(q, k, v, 1.0)
+        assert got is not None and got.isnan().all()
+
+
+def test_attention_leaves_the_rest_to_torch(kernel: Kernel) -> None:
+    q, k, v = held(4, 2, 5, 8, 8, torch.float32)
+    assert kernel.attention(q, k, v, 1.0) is not None
+    assert kernel.attention(q.expand(1, 4, 2, 8), k, v, 1.0) is None
+    assert kernel.attention(q.half(), k.half(), v.half(), 1.0) is None
+    assert kernel.attention(q.bfloat16(), k, v, 1.0) is None
+    assert kernel.attention(q[:, :3], k, v, 1.0) is None
+    assert kernel.attention(q, k[:, :, :4], v, 1.0) is None
+    assert kernel.attention(q, k[..., ::2], v, 1.0) is None
+    assert kernel.attention(q, k.transpose(-1, -2).contiguous().transpose(-1, -2), v, 1.0) is None
+    assert kernel.attention(*held(34, 2, 5, 8, 8, torch.float32), 1.0) is None
+    assert kernel.attention(*held(2, 2, 5, 8, 257, torch.float32), 1.0) is None
+
+
+class Attends(nn.Module):
+    num_key_value_groups = 2
+
+
+def test_who_attends(kernel: Kernel) -> None:
+    """Only modules of a model that asked for it, and only what the kernel computes."""
+    q, k, v = held(4, 2, 70, 8, 8, torch.float32)
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    asked: list[float] = []
+
+    def attend(*args: Any) -> torch.Tensor | None:
+        asked.append(args[3])
+        return kernel.attention(*args)
+
+    own, other = Attends(), Attends()
+    hf.attach_attention(own, attend)
+    mask = torch.ones(1, 1, 1, 70, dtype=torch.bool)
+    with torch.inference_mode():
+        want = sdpa(other, q, k, v, None, scaling=0.5)[0]
+        assert not asked
+        got, none = sdpa(own, q, k, v, None, scaling=0.5, dropout=0.0, sliding_window=None)
+        assert none is None and got.shape == want.shape and error(got, want) < 1e-6
+        assert asked == [0.5]
+        assert error(sdpa(own, q, k, v, None)[0], sdpa(other, q, k, v, None)[0]) < 1e-6
+        assert asked == [0.5, 8**-0.5]
+        sdpa(own, q, k, v, mask)
+        sdpa(own, q.expand(1, 4, 3, 8), k, v, None)
+        sdpa(own, q.half(), k.half(), v.half(), None, is_causal=False)
+        assert asked == [0.5, 8**-0.5, 8**-0.5], "asked, and left to torch"
+    sdpa(own, q, k, v, None)
+    assert len(asked) == 3, "the kernel keeps nothing for a gradient"
 
 
 # what it does not depend on
@@ -569,7 +685,7 @@ def test_wrong_results_are_found_at_once(kernel: Kernel, tmp_path: Path, monkeyp
     monkeypatch.setattr(kernels, "HEADER", Path(copies[-1]))
     for name, right, wrong in (
         ("dots.c", "g / (1.0f + exponential(-z))", "g / (1.1f + exponential(-z))"),
-        ("kernels.h", "#define ABI 2 ", "#define ABI 9 "),
+        ("kernels.h", "#define ABI 3 ", "#define ABI 9 "),
         ("linear.c", "+ row * j->size : NULL", ": NULL"),
     ):
         source = tmp_path / name

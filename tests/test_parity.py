@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB, build, save
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
 from offload import Model
@@ -176,6 +176,24 @@ def test_bfloat16_choices_within_ulps(case: Case, tmp_path: Path) -> None:
         got = model.hf(input_ids=ids).logits.float()
         if not model.plan.experts_total:
             assert torch.equal(got, want), "same kernels, same shapes: the same bits"
+    top = want.max(-1).values
+    chosen = want.gather(-1, got.argmax(-1, keepdim=True)).squeeze(-1)
+    assert ((top - chosen) <= BF16_ULPS * top.abs() * 2**-8).all()
+
+
+def test_bfloat16_decoding_within_ulps(case: Case, tmp_path: Path) -> None:
+    """The same one token at a time, which is what the kernels compute on a CPU."""
+    ids = torch.tensor([case.prompts[0]])
+    oracle = save(case.oracle.to(torch.bfloat16), tmp_path)
+    case.oracle.to(torch.float32)
+    parts = (ids[:, :-6], *ids[:, -6:].split(1, dim=1))
+    with offload.load(tmp_path, resident="60%", context=128) as model, torch.inference_mode():
+        wants, gots = [], []
+        theirs, ours = DynamicCache(config=oracle.config), model.engine.new_cache(128)
+        for part in parts:
+            wants.append(oracle(part, past_key_values=theirs, use_cache=True).logits.float())
+            gots.append(model.hf(input_ids=part, past_key_values=ours, use_cache=True).logits.float())
+    want, got = torch.cat(wants, dim=1), torch.cat(gots, dim=1)
     top = want.max(-1).values
     chosen = want.gather(-1, got.argmax(-1, keepdim=True)).squeeze(-1)
     assert ((top - chosen) <= BF16_ULPS * top.abs() * 2**-8).all()

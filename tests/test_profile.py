@@ -67,7 +67,7 @@ def test_products_are_measured_as_they_are_computed(monkeypatch: pytest.MonkeyPa
         asked.append(len(x))
         return torch.nn.functional.linear(x, weight)
 
-    monkeypatch.setattr(profile_module.linears, "product", lambda device: product)
+    monkeypatch.setattr(profile_module.native, "product", lambda device: product)
     probe.compute(CpuDevice(), [torch.float32], 1, (1, 3), probe.ROUGH, 1 << 20, product)
     assert set(asked) == {1, 3}
     asked.clear()

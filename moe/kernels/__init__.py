@@ -1,6 +1,6 @@
-"""The experts of a layer and linear layers for a few tokens, in C, near the speed at which memory can be read.
+"""What decoding on the CPU spends its time with, in C, near the speed at which memory can be read, for a few tokens.
 
-`experts.c` and `linear.c` are the two calls, `dots.c` the products, `threads.c` the threads they share.
+`experts.c`, `linear.c` and `attention.c` are the calls, `dots.c` the products, `threads.c` the threads they share.
 
 The library is compiled once, with the C compiler at hand, into the user's cache folder, and checked before each use.
 Where that cannot be done (no compiler, a cache that cannot be written or run from, another processor family's
@@ -30,12 +30,12 @@ import torch
 
 from tiers.folders import cache_folder
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("experts", "linear", "dots", "threads"))
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("experts", "linear", "attention", "dots", "threads"))
 HEADER = Path(__file__).with_name("kernels.h")
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")  # of instructions, as numbered in the C files
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
-_ABI = 2
+_ABI = 3
 _COMPILE_S = 120
 _MAX_BYTES = 16 << 20
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -89,6 +89,8 @@ class Kernel:
         self._run.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 7]
         self._linear = library.offload_linear
         self._linear.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 5]
+        self._attention = library.offload_attention
+        self._attention.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_float, *[ctypes.c_void_p] * 4]
         best = library.offload_level()
         self.level = LEVELS.index(level) if level is not None else best
         if self.level > best:
@@ -210,6 +212,43 @@ class Kernel:
         )
         if failed:
             raise MemoryError("no memory for the inputs of a linear layer")
+        return out
+
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """Attention of one token per sequence to all held: query [B, heads, 1, D], key [B, kv heads, L, D], value
+        [B, kv heads, L, Dv] → [B, 1, heads, Dv]; None if the kernel cannot do it.
+
+        All of one type, on the CPU, the elements of a head in one piece. Releases the GIL. Raises `MemoryError`.
+        """
+        kind = _TYPES.get(query.dtype)
+        if kind is None or not (key.dtype is value.dtype is query.dtype) or not (query.is_cpu and key.is_cpu):
+            return None
+        if not (query.dim() == key.dim() == value.dim() == 4) or query.size(2) != 1:
+            return None
+        batch, heads, _, width = query.shape
+        kv_heads, length, out_width = value.shape[1:]
+        shapes = key.shape == (batch, kv_heads, length, width) and value.size(0) == batch
+        if not shapes or not length or not kv_heads or heads % kv_heads or heads // kv_heads > 16 or out_width > 256:
+            return None
+        q, k, v = query.stride(), key.stride(), value.stride()
+        if not q[3] == k[3] == v[3] == 1:
+            return None
+        out = query.new_empty((batch, 1, heads, out_width))
+        sizes = array("q", (kind, batch, heads, kv_heads, length, width, out_width, *q[:2], *k[:3], *v[:3]))
+        failed = self._attention(
+            self.level,
+            self.threads or torch.get_num_threads(),
+            sizes.buffer_info()[0],
+            scale,
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+        )
+        if failed:
+            raise MemoryError("no memory for the queries of a layer")
         return out
 
 

@@ -75,6 +75,73 @@ INLINE void stored_all(const float *sums, int rows, const void *bias, int type, 
             ((bf16 *)out)[r] = narrow(bias ? sums[r] + widen(((const bf16 *)bias)[r]) : sums[r]);
 }
 
+INLINE float softened_all(float *s, int rows, float scale, float *largest) {
+    float lane[16], sum[16] = {0}, most = *largest;
+    for (int r = rows; r < ROWS; r++)
+        s[r] = -INFINITY;
+    for (int j = 0; j < 16; j++)
+        lane[j] = -INFINITY;
+    for (int r = 0; r < ROWS; r += 16)
+        for (int j = 0; j < 16; j++) {
+            s[r + j] *= scale;
+            lane[j] = lane[j] > s[r + j] ? lane[j] : s[r + j]; /* what is no number is found in the sum */
+        }
+    for (int j = 0; j < 16; j++)
+        most = most > lane[j] ? most : lane[j];
+    *largest = most;
+    for (int r = 0; r < ROWS; r += 16)
+        for (int j = 0; j < 16; j++)
+            s[r + j] = exponential(s[r + j] - most);
+    for (int r = rows; r < ROWS; r++)
+        s[r] = 0;
+    for (int r = 0; r < ROWS; r += 16)
+        for (int j = 0; j < 16; j++)
+            sum[j] += s[r + j];
+    for (int width = 8; width; width /= 2)
+        for (int j = 0; j < width; j++)
+            sum[j] += sum[j + width];
+    return sum[0];
+}
+
+INLINE void mixed_any(const float *p, const char *v, int64_t stride, int rows, int tokens, int64_t k, int type,
+                      float *sums) {
+    int64_t size = type == BFLOAT16 ? 2 : 4, row = stride * size;
+    for (int r = 0; r < rows; r += TILE) {
+        /* the rows after the last one count for nothing, so that any row will do */
+        const char *at[TILE];
+        for (int i = 0; i < TILE; i++) {
+            at[i] = v + (r + i < rows ? r + i : r) * row;
+            __builtin_prefetch(at[i] + 4 * TILE * row);
+            __builtin_prefetch(at[i] + 4 * TILE * row + 64);
+        }
+        for (int t = 0; t < tokens; t++) {
+            const float *w = p + t * ROWS + r;
+            float *to = sums + t * k, w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
+            if (r + TILE > rows) {
+                w1 = r + 1 < rows ? w1 : 0;
+                w2 = r + 2 < rows ? w2 : 0;
+                w3 = 0;
+            }
+            for (int64_t i = 0; i < k; i++) {
+                if (type == BFLOAT16)
+                    to[i] += w0 * widen(((const bf16 *)at[0])[i]) + w1 * widen(((const bf16 *)at[1])[i]) +
+                             w2 * widen(((const bf16 *)at[2])[i]) + w3 * widen(((const bf16 *)at[3])[i]);
+                else
+                    to[i] += w0 * ((const float *)at[0])[i] + w1 * ((const float *)at[1])[i] +
+                             w2 * ((const float *)at[2])[i] + w3 * ((const float *)at[3])[i];
+            }
+        }
+    }
+}
+
+INLINE void mixed_all(const float *p, const void *v, int64_t stride, int rows, int tokens, int64_t k, int type,
+                      float *sums) {
+    if (type == BFLOAT16)
+        mixed_any(p, v, stride, rows, tokens, k, BFLOAT16, sums);
+    else
+        mixed_any(p, v, stride, rows, tokens, k, FLOAT32, sums);
+}
+
 /* The elementwise parts are the same for each level; the compiler vectorises them for it. */
 #define ELEMENTWISE(level, narrowed, attribute)                                                                        \
     attribute static void gated_##level(const float *g, const float *u, int rows, int act, int type, void *product) {  \
@@ -85,6 +152,13 @@ INLINE void stored_all(const float *sums, int rows, const void *bias, int type, 
     }                                                                                                                  \
     attribute static void stored_##level(const float *sums, int rows, const void *bias, int type, void *out) {         \
         stored_all(sums, rows, bias, type, out);                                                                       \
+    }                                                                                                                  \
+    attribute static float softened_##level(float *s, int rows, float scale, float *largest) {                         \
+        return softened_all(s, rows, scale, largest);                                                                  \
+    }                                                                                                                  \
+    attribute static void mixed_##level(const float *p, const void *v, int64_t stride, int rows, int tokens,           \
+                                        int64_t k, int type, float *sums) {                                            \
+        mixed_all(p, v, stride, rows, tokens, k, type, sums);                                                          \
     }
 
 /* plain C: 16 sums side by side, which any compiler can keep in vectors */
@@ -272,11 +346,11 @@ ELEMENTWISE(dpbf16, 1, T_DPBF16)
 #endif
 
 const Level levels[] = {
-    {{dots_plain_f32, dots_plain_bf16}, gated_plain, scaled_plain, stored_plain, 0},
+    {{dots_plain_f32, dots_plain_bf16}, gated_plain, scaled_plain, stored_plain, softened_plain, mixed_plain, 0},
 #if X86
-    {{dots_avx2_f32, dots_avx2_bf16}, gated_avx2, scaled_avx2, stored_avx2, 0},
-    {{dots_avx512_f32, dots_avx512_bf16}, gated_avx512, scaled_avx512, stored_avx512, 0},
-    {{dots_avx512_f32, dots_dpbf16}, gated_dpbf16, scaled_dpbf16, stored_dpbf16, 1},
+    {{dots_avx2_f32, dots_avx2_bf16}, gated_avx2, scaled_avx2, stored_avx2, softened_avx2, mixed_avx2, 0},
+    {{dots_avx512_f32, dots_avx512_bf16}, gated_avx512, scaled_avx512, stored_avx512, softened_avx512, mixed_avx512, 0},
+    {{dots_avx512_f32, dots_dpbf16}, gated_dpbf16, scaled_dpbf16, stored_dpbf16, softened_dpbf16, mixed_dpbf16, 1},
 #endif
 };
 

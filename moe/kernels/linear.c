@@ -7,7 +7,7 @@
  */
 #include "kernels.h"
 
-#define WAKES (256 << 10) /* bytes of weights below which waking other threads takes longer than they save */
+#define WAKES (1 << 20) /* bytes of weights below which waking other threads takes longer than they save */
 
 typedef struct {
     const Level *level;

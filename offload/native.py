@@ -1,4 +1,4 @@
-"""Linear layers of few tokens on the CPU, by the kernel (`moe.kernels`) instead of torch.
+"""Linear layers of few tokens, and the attention of one, on the CPU, by the kernel (`moe.kernels`) instead of torch.
 
 Decoding reads every weight once for a token or a few: what counts is how fast memory is read, and torch reads it at
 half to two thirds of the speed that is there, and starts its threads anew for each product. Prompts are torch's.
@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from moe import kernels
 from moe.kernels import Kernel
+from offload import hf
 
 MOST_TOKENS = 16  # by the kernel, which reads the weights once for as many
 
@@ -23,7 +24,7 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def attach(model: nn.Module, device: torch.device) -> bool:
-    """Let the kernel compute the linear layers of `model` where it can; False where torch computes everything.
+    """Let the kernel compute linear layers and attention of `model` where it can; False where torch does everything.
 
     A layer's weights are looked up in each call: they are views that come and go.
     """
@@ -32,6 +33,7 @@ def attach(model: nn.Module, device: torch.device) -> bool:
         for module in model.modules():
             if type(module) is nn.Linear:  # what else a subclass does is not known
                 module.__dict__["forward"] = _forward(module, module.forward, kernel)
+        hf.attach_attention(model, kernel.attention)
     return kernel is not None
 
 
