@@ -18,7 +18,8 @@ from moe import kernels
 from moe.kernels import Kernel
 from offload import hf
 
-MOST_TOKENS = 16  # by the kernel, which reads the weights once for as many
+# by the kernel, which is bound by arithmetic from there on, and torch's tiled products of bfloat16 draw level
+MOST_TOKENS = {torch.bfloat16: 8, torch.float32: 16}
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -43,7 +44,7 @@ def product(device: torch.device) -> Product:
 
     def by_kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         assert kernel is not None
-        out = kernel.linear(x, weight) if x.numel() <= MOST_TOKENS * weight.size(1) else None
+        out = kernel.linear(x, weight) if x.numel() <= MOST_TOKENS.get(x.dtype, 0) * weight.size(1) else None
         return linear(x, weight) if out is None else out
 
     return linear if kernel is None else by_kernel
@@ -51,10 +52,10 @@ def product(device: torch.device) -> Product:
 
 def _forward(module: nn.Linear, by_torch: Callable[..., Any], kernel: Kernel) -> Callable[[torch.Tensor], torch.Tensor]:
     parameters = module._parameters
-    most = MOST_TOKENS * module.in_features
+    most = {dtype: tokens * module.in_features for dtype, tokens in MOST_TOKENS.items()}  # elements
 
     def forward(input: torch.Tensor) -> torch.Tensor:  # as torch names it
-        if input.numel() <= most and not torch.is_grad_enabled():
+        if input.numel() <= most.get(input.dtype, 0) and not torch.is_grad_enabled():
             weight = parameters["weight"]
             assert weight is not None
             out = kernel.linear(input, weight, parameters["bias"])

@@ -39,7 +39,7 @@ static void head(const Job *j, int64_t b, int64_t h) {
     for (int64_t t = 0; t < j->length; t += ROWS) {
         int rows = (int)(j->length - t < ROWS ? j->length - t : ROWS);
         const char *v = values + t * j->v[2] * j->size;
-        j->level->dots[j->type](keys + t * j->k[2] * j->size, j->k[2], rows, queries, j->group, j->key_width, sums, v);
+        j->level->dots[j->type](keys + t * j->k[2] * j->size, j->k[2], rows, queries, j->group, j->key_width, sums);
         for (int g = 0; g < j->group; g++) {
             float *s = sums + g * ROWS, *m = mixed + g * j->value_width, before = largest[g];
             float here = j->level->softened(s, rows, j->scale, &largest[g]);

@@ -106,18 +106,18 @@ INLINE float softened_all(float *s, int rows, float scale, float *largest) {
 INLINE void mixed_any(const float *p, const char *v, int64_t stride, int rows, int tokens, int64_t k, int type,
                       float *sums) {
     int64_t size = type == BFLOAT16 ? 2 : 4, row = stride * size;
-    for (int r = 0; r < rows; r += TILE) {
+    for (int r = 0; r < rows; r += MOST) {
         /* the rows after the last one count for nothing, so that any row will do */
-        const char *at[TILE];
-        for (int i = 0; i < TILE; i++) {
+        const char *at[MOST];
+        for (int i = 0; i < MOST; i++) {
             at[i] = v + (r + i < rows ? r + i : r) * row;
-            __builtin_prefetch(at[i] + 4 * TILE * row);
-            __builtin_prefetch(at[i] + 4 * TILE * row + 64);
+            __builtin_prefetch(at[i] + 4 * MOST * row);
+            __builtin_prefetch(at[i] + 4 * MOST * row + 64);
         }
         for (int t = 0; t < tokens; t++) {
             const float *w = p + t * ROWS + r;
             float *to = sums + t * k, w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-            if (r + TILE > rows) {
+            if (r + MOST > rows) {
                 w1 = r + 1 < rows ? w1 : 0;
                 w2 = r + 2 < rows ? w2 : 0;
                 w3 = 0;
@@ -179,8 +179,7 @@ INLINE float dot_plain(const void *w, int type, const float *x, int64_t k) {
 
 #define PLAIN_DOTS(name, type, size)                                                                                   \
     static void name(const void *w, int64_t stride, int rows, const void *const *x, int tokens, int64_t k,             \
-                     float *sums, const void *next) {                                                                  \
-        (void)next; /* whatever the processor does by itself */                                                        \
+                     float *sums) {                                                                                    \
         for (int r = 0; r < rows; r++)                                                                                 \
             for (int t = 0; t < tokens; t++)                                                                           \
                 sums[t * ROWS + r] = dot_plain((const char *)w + r * stride * size, type, x[t], k);                    \
@@ -191,49 +190,61 @@ ELEMENTWISE(plain, 0, )
 
 #if X86
 
-/* A tile of R rows and T tokens, both known to the compiler: R·T sums in registers. `step` elements are multiplied at
- * a time; the last ones through a mask (or, in AVX2, by way of a padded copy). */
-#define TILE_BODY(R, T, acc_t, zero, step, size, loop, tail)                                                           \
-    acc_t acc[TILE][TILE];                                                                                             \
-    _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                                \
-        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++) acc[r][t] = zero;                                          \
-    int64_t i = 0;                                                                                                     \
-    for (; i + step <= k; i += step) {                                                                                 \
-        if (ahead)                                                                                                     \
-            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                        \
-                _mm_prefetch((const char *)ahead + (r * stride + i) * size, _MM_HINT_T0);                              \
-        loop                                                                                                           \
-    }                                                                                                                  \
-    if (i < k) {                                                                                                       \
-        tail                                                                                                           \
+/* A tile of R rows and T tokens, both known to the compiler, with two vectors of sums for each product. `step` elements
+ * are multiplied at a time, the last ones in `tail`. Rows at `ahead` are prefetched meanwhile. */
+#define TILE(name, attribute, acc_t, zero, step, size, vec, load_w, load_x, fma, tail, total)                          \
+    attribute INLINE void name(const int R, const int T, const char *w, int64_t stride, const void *const *x,          \
+                               int64_t k, float *sums, const char *ahead) {                                            \
+        acc_t acc[MOST][2][2];                                                                                         \
+        _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)                                                            \
+            _Pragma("GCC unroll 2") for (int t = 0; t < T; t++) acc[r][t][0] = acc[r][t][1] = zero;                    \
+        int64_t i = 0;                                                                                                 \
+        for (; i + 2 * step <= k; i += 2 * step)                                                                       \
+            _Pragma("GCC unroll 2") for (int u = 0; u < 2; u++) {                                                      \
+                int64_t at = i + u * step;                                                                             \
+                vec v[MOST];                                                                                           \
+                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) {                                                  \
+                    if (ahead)                                                                                         \
+                        _mm_prefetch(ahead + (r * stride + at) * size, _MM_HINT_T0);                                   \
+                    v[r] = load_w(w + (r * stride + at) * size);                                                       \
+                }                                                                                                      \
+                _Pragma("GCC unroll 2") for (int t = 0; t < T; t++) {                                                  \
+                    vec y = load_x(x[t], at);                                                                          \
+                    _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) acc[r][t][u] = fma(acc[r][t][u], v[r], y);     \
+                }                                                                                                      \
+            }                                                                                                          \
+        if (i + step <= k) {                                                                                           \
+            _Pragma("GCC unroll 2") for (int t = 0; t < T; t++) {                                                      \
+                vec y = load_x(x[t], i);                                                                               \
+                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) acc[r][t][0] =                                     \
+                    fma(acc[r][t][0], load_w(w + (r * stride + i) * size), y);                                         \
+            }                                                                                                          \
+            i += step;                                                                                                 \
+        }                                                                                                              \
+        if (i < k)                                                                                                     \
+            tail                                                                                                       \
+        _Pragma("GCC unroll 2") for (int t = 0; t < T; t++)                                                            \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[t * ROWS + r] = total(acc[r][t]);                 \
     }
 
-/* Calls the tile with constants for every number of rows (TILE or 1) and of tokens (1 to TILE). */
-#define DOTS(name, tile, attribute, most, size)                                                                        \
+/* Calls the tile with constants. One token: row after row, as memory lies, is what a core fetches ahead best by itself
+ * (four rows at a time, prefetched, come to three quarters of that). More: R rows share what is read of two tokens. */
+#define DOTS(name, tile, attribute, R, size)                                                                           \
     attribute static void name(const void *w, int64_t stride, int rows, const void *const *x, int tokens, int64_t k,   \
-                               float *sums, const void *next) {                                                        \
-        for (int r = 0; r < rows;) {                                                                                   \
-            int n = rows - r >= TILE ? TILE : 1;                                                                       \
-            const char *at = (const char *)w + r * stride * size;                                                      \
-            for (int t = 0; t < tokens;) {                                                                             \
-                int m = tokens - t < most ? tokens - t : most;                                                         \
-                float *to = sums + t * ROWS + r;                                                                       \
-                const void *ahead = t ? NULL : r + 2 * TILE <= rows ? at + TILE * stride * size : next;                \
-                if (n == TILE) {                                                                                       \
-                    switch (m) {                                                                                       \
-                    case 1: tile(TILE, 1, at, stride, x + t, k, to, ahead); break;                                     \
-                    case 2: tile(TILE, 2, at, stride, x + t, k, to, ahead); break;                                     \
-                    case 3: tile(TILE, 3, at, stride, x + t, k, to, ahead); break;                                     \
-                    default: tile(TILE, 4, at, stride, x + t, k, to, ahead); break;                                    \
-                    }                                                                                                  \
-                } else {                                                                                               \
-                    m = 1;                                                                                             \
-                    tile(1, 1, at, stride, x + t, k, to, NULL);                                                           \
-                }                                                                                                      \
-                t += m;                                                                                                \
+                               float *sums) {                                                                          \
+        const char *at = w;                                                                                            \
+        int64_t width = stride * size;                                                                                 \
+        int r = 0;                                                                                                     \
+        for (; tokens > 1 && r + R <= rows; r += R, at += R * width)                                                   \
+            for (int t = 0; t < tokens; t += 2) {                                                                      \
+                if (t + 2 <= tokens)                                                                                   \
+                    tile(R, 2, at, stride, x + t, k, sums + t * ROWS + r, t ? NULL : at + R * width);                  \
+                else                                                                                                   \
+                    tile(R, 1, at, stride, x + t, k, sums + t * ROWS + r, NULL);                                       \
             }                                                                                                          \
-            r += n;                                                                                                    \
-        }                                                                                                              \
+        for (; r < rows; r++, at += width)                                                                             \
+            for (int t = 0; t < tokens; t++)                                                                           \
+                tile(1, 1, at, stride, x + t, k, sums + t * ROWS + r, NULL);                                           \
     }
 
 /* AVX2 and FMA: 8 elements at a time; the last few in a padded copy */
@@ -250,71 +261,41 @@ T_AVX2 INLINE __m256 widen_avx2(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 
-#define AVX2_TILE(name, size, load)                                                                                    \
-    T_AVX2 INLINE void name(const int R, const int T, const void *w, int64_t stride, const void *const *x, int64_t k,  \
-                            float *sums, const void *ahead) {                                                                  \
-        TILE_BODY(                                                                                                     \
-            R, T, __m256, _mm256_setzero_ps(), 8, size,                                                                \
-            {                                                                                                          \
-                __m256 v[TILE];                                                                                        \
-                _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) v[r] =                                             \
-                    load((const void *)((const char *)w + (r * stride + i) * size));                                   \
-                _Pragma("GCC unroll 4") for (int t = 0; t < T; t++) {                                                  \
-                    __m256 y = _mm256_loadu_ps((const float *)x[t] + i);                                               \
-                    _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) acc[r][t] =                                    \
-                        _mm256_fmadd_ps(v[r], y, acc[r][t]);                                                           \
-                }                                                                                                      \
-            },                                                                                                         \
-            {                                                                                                          \
-                float last[8];                                                                                         \
-                char row[32];                                                                                          \
-                for (int t = 0; t < T; t++) {                                                                          \
-                    memset(last, 0, sizeof last);                                                                      \
-                    memcpy(last, (const float *)x[t] + i, (size_t)(k - i) * 4);                                        \
-                    __m256 y = _mm256_loadu_ps(last);                                                                  \
-                    _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) {                                              \
-                        memset(row, 0, sizeof row);                                                                    \
-                        memcpy(row, (const char *)w + (r * stride + i) * size, (size_t)(k - i) * size);                \
-                        acc[r][t] = _mm256_fmadd_ps(load((const void *)row), y, acc[r][t]);                            \
-                    }                                                                                                  \
-                }                                                                                                      \
-            })                                                                                                         \
-        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++)                                                            \
-            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[t * ROWS + r] = sum_avx2(acc[r][t]);              \
-    }
 #define LOAD_AVX2(p) _mm256_loadu_ps((const float *)(p))
-AVX2_TILE(tile_avx2_f32, 4, LOAD_AVX2)
-AVX2_TILE(tile_avx2_bf16, 2, widen_avx2)
-/* 16 registers: two tokens at a time */
-DOTS(dots_avx2_f32, tile_avx2_f32, T_AVX2, 2, 4)
+#define X_AVX2(x, i) _mm256_loadu_ps((const float *)(x) + (i))
+#define FMA256(a, v, y) _mm256_fmadd_ps(v, y, a)
+#define TOTAL256(a) sum_avx2(_mm256_add_ps(a[0], a[1]))
+#define TAIL256(size, load)                                                                                            \
+    for (int r = 0; r < R; r++) {                                                                                      \
+        char row[32] = {0};                                                                                            \
+        memcpy(row, w + (r * stride + i) * size, (size_t)(k - i) * size);                                              \
+        for (int t = 0; t < T; t++) {                                                                                  \
+            float last[8] = {0};                                                                                       \
+            memcpy(last, (const float *)x[t] + i, (size_t)(k - i) * 4);                                                \
+            acc[r][t][0] = FMA256(acc[r][t][0], load((const void *)row), _mm256_loadu_ps(last));                       \
+        }                                                                                                              \
+    }
+TILE(tile_avx2_f32, T_AVX2, __m256, _mm256_setzero_ps(), 8, 4, __m256, LOAD_AVX2, X_AVX2, FMA256,
+     TAIL256(4, LOAD_AVX2), TOTAL256)
+TILE(tile_avx2_bf16, T_AVX2, __m256, _mm256_setzero_ps(), 8, 2, __m256, widen_avx2, X_AVX2, FMA256,
+     TAIL256(2, widen_avx2), TOTAL256)
+DOTS(dots_avx2_f32, tile_avx2_f32, T_AVX2, 2, 4) /* 16 registers */
 DOTS(dots_avx2_bf16, tile_avx2_bf16, T_AVX2, 2, 2)
 ELEMENTWISE(avx2, 0, T_AVX2)
 
 /* AVX-512: 16 elements at a time, masked at the end */
 
 #define T_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-#define AVX512_STEP(acc_op, load_w, load_x, vec)                                                                       \
+#define TOTAL512(a) _mm512_reduce_add_ps(_mm512_add_ps(a[0], a[1]))
+#define TAIL512(vec, mask_t, size, fma, mask_w, mask_x)                                                                \
     {                                                                                                                  \
-        vec v[TILE];                                                                                                   \
-        _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) v[r] = load_w;                                             \
-        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++) {                                                          \
-            vec y = load_x;                                                                                            \
-            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) acc[r][t] = acc_op(acc[r][t], v[r], y);                \
+        mask_t m = (mask_t)((((uint64_t)1) << (k - i)) - 1);                                                           \
+        _Pragma("GCC unroll 2") for (int t = 0; t < T; t++) {                                                          \
+            vec y = mask_x(m, x[t], i);                                                                                \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) acc[r][t][0] =                                         \
+                fma(acc[r][t][0], mask_w(m, w + (r * stride + i) * size), y);                                          \
         }                                                                                                              \
     }
-#define AVX512_TILE(name, attribute, step, size, vec, acc_op, load_w, load_x, mask_t, mask_w, mask_x)                  \
-    attribute INLINE void name(const int R, const int T, const void *w, int64_t stride, const void *const *x,          \
-                               int64_t k, float *sums, const void *ahead) {                                                    \
-        TILE_BODY(R, T, __m512, _mm512_setzero_ps(), step, size,                                                       \
-                  AVX512_STEP(acc_op, load_w((const char *)w + (r * stride + i) * size), load_x(x[t], i), vec), {      \
-                      mask_t m = (mask_t)((((uint64_t)1) << (k - i)) - 1);                                             \
-                      AVX512_STEP(acc_op, mask_w(m, (const char *)w + (r * stride + i) * size), mask_x(m, x[t], i),    \
-                                  vec)                                                                                 \
-                  })                                                                                                   \
-        _Pragma("GCC unroll 4") for (int t = 0; t < T; t++)                                                            \
-            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) sums[t * ROWS + r] = _mm512_reduce_add_ps(acc[r][t]);  \
-    }
-
 #define FMA512(a, v, y) _mm512_fmadd_ps(v, y, a)
 #define W32(p) _mm512_loadu_ps((const float *)(p))
 #define X32(x, i) _mm512_loadu_ps((const float *)(x) + (i))
@@ -324,8 +305,10 @@ ELEMENTWISE(avx2, 0, T_AVX2)
 #define W16(p) WIDEN512(_mm256_loadu_si256((const __m256i *)(p)))
 #define MW16(m, p) WIDEN512(_mm256_maskz_loadu_epi16(m, p))
 
-AVX512_TILE(tile_avx512_f32, T_AVX512, 16, 4, __m512, FMA512, W32, X32, __mmask16, MW32, MX32)
-AVX512_TILE(tile_avx512_bf16, T_AVX512, 16, 2, __m512, FMA512, W16, X32, __mmask16, MW16, MX32)
+TILE(tile_avx512_f32, T_AVX512, __m512, _mm512_setzero_ps(), 16, 4, __m512, W32, X32, FMA512,
+     TAIL512(__m512, __mmask16, 4, FMA512, MW32, MX32), TOTAL512)
+TILE(tile_avx512_bf16, T_AVX512, __m512, _mm512_setzero_ps(), 16, 2, __m512, W16, X32, FMA512,
+     TAIL512(__m512, __mmask16, 2, FMA512, MW16, MX32), TOTAL512)
 DOTS(dots_avx512_f32, tile_avx512_f32, T_AVX512, 4, 4)
 DOTS(dots_avx512_bf16, tile_avx512_bf16, T_AVX512, 4, 2)
 ELEMENTWISE(avx512, 0, T_AVX512)
@@ -339,7 +322,8 @@ ELEMENTWISE(avx512, 0, T_AVX512)
 #define MWB(m, p) _mm512_maskz_loadu_epi16(m, (const void *)(p))
 #define MXB(m, x, i) _mm512_maskz_loadu_epi16(m, (const void *)((const bf16 *)(x) + (i)))
 
-AVX512_TILE(tile_dpbf16, T_DPBF16, 32, 2, __m512i, DP512, WB, XB, __mmask32, MWB, MXB)
+TILE(tile_dpbf16, T_DPBF16, __m512, _mm512_setzero_ps(), 32, 2, __m512i, WB, XB, DP512,
+     TAIL512(__m512i, __mmask32, 2, DP512, MWB, MXB), TOTAL512)
 DOTS(dots_dpbf16, tile_dpbf16, T_DPBF16, 4, 2)
 ELEMENTWISE(dpbf16, 1, T_DPBF16)
 

@@ -34,7 +34,7 @@ typedef struct {
     atomic_int *left; /* per expert: blocks of gate and up not yet complete */
 } Job;
 
-static void gate_and_up(const Job *j, const Expert *e, int64_t block, const void *next) {
+static void gate_and_up(const Job *j, const Expert *e, int64_t block) {
     float gate[TOKENS * ROWS], up[TOKENS * ROWS];
     int64_t row = block * j->up_rows;
     int rows = (int)(j->inner - row < j->up_rows ? j->inner - row : j->up_rows);
@@ -44,15 +44,15 @@ static void gate_and_up(const Job *j, const Expert *e, int64_t block, const void
     for (int64_t p = e->first; p < e->first + e->count; p += TOKENS) {
         int64_t left = e->first + e->count - p;
         int n = (int)(left < TOKENS ? left : TOKENS);
-        j->level->dots[j->type](w, j->gate_stride, rows, j->inputs + p, n, j->hidden, gate, v);
-        j->level->dots[j->type](v, j->gate_stride, rows, j->inputs + p, n, j->hidden, up, next);
+        j->level->dots[j->type](w, j->gate_stride, rows, j->inputs + p, n, j->hidden, gate);
+        j->level->dots[j->type](v, j->gate_stride, rows, j->inputs + p, n, j->hidden, up);
         for (int t = 0; t < n; t++)
             j->level->gated(gate + t * ROWS, up + t * ROWS, rows, j->act, j->type,
                             (char *)j->products[p + t] + row * width);
     }
 }
 
-static void down(const Job *j, const Expert *e, int64_t block, const void *next) {
+static void down(const Job *j, const Expert *e, int64_t block) {
     float sums[TOKENS * ROWS];
     int64_t row = block * j->down_rows;
     int rows = (int)(j->hidden - row < j->down_rows ? j->hidden - row : j->down_rows);
@@ -60,7 +60,7 @@ static void down(const Job *j, const Expert *e, int64_t block, const void *next)
     for (int64_t p = e->first; p < e->first + e->count; p += TOKENS) {
         int64_t left = e->first + e->count - p;
         int n = (int)(left < TOKENS ? left : TOKENS);
-        j->level->dots[j->type](w, j->down_stride, rows, j->products + p, n, j->inner, sums, next);
+        j->level->dots[j->type](w, j->down_stride, rows, j->products + p, n, j->inner, sums);
         for (int t = 0; t < n; t++) {
             int64_t place = j->places[p + t];
             j->level->scaled(sums + t * ROWS, rows, j->weights[place], j->type,
@@ -69,39 +69,24 @@ static void down(const Job *j, const Expert *e, int64_t block, const void *next)
     }
 }
 
-/* where a block's weights begin */
-static const void *start(const Job *j, int64_t at) {
-    int64_t ups = j->experts * j->up_blocks, all = ups + j->experts * j->down_blocks;
-    if (at >= all)
-        return NULL;
-    if (at < ups)
-        return (const char *)(intptr_t)j->expert[at / j->up_blocks].gate_up +
-               at % j->up_blocks * j->up_rows * j->gate_stride * j->size;
-    at -= ups;
-    return (const char *)(intptr_t)j->expert[at / j->down_blocks].down +
-           at % j->down_blocks * j->down_rows * j->down_stride * j->size;
-}
-
 static void work(void *job) {
     Job *j = job;
     int64_t ups = j->experts * j->up_blocks, all = ups + j->experts * j->down_blocks;
-    int64_t at = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
-    while (at < all) {
-        /* taken before it is needed, so that its first rows are on their way by then */
-        int64_t then = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
-        const void *next = start(j, then);
+    for (;;) {
+        int64_t at = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
+        if (at >= all)
+            return;
         if (at < ups) {
             int64_t e = at / j->up_blocks;
-            gate_and_up(j, &j->expert[e], at % j->up_blocks, next);
+            gate_and_up(j, &j->expert[e], at % j->up_blocks);
             atomic_fetch_sub_explicit(&j->left[e], 1, memory_order_release);
         } else {
             int64_t e = (at - ups) / j->down_blocks;
             int turns = 0;
             while (atomic_load_explicit(&j->left[e], memory_order_acquire))
                 relax(&turns);
-            down(j, &j->expert[e], (at - ups) % j->down_blocks, next);
+            down(j, &j->expert[e], (at - ups) % j->down_blocks);
         }
-        at = then;
     }
 }
 
@@ -134,7 +119,8 @@ int offload_experts(int level, int threads, const int64_t *sizes, const int64_t 
 
     int widened = j.type == BFLOAT16 && !j.level->narrowed;
     size_t width = j.type == BFLOAT16 && !widened ? 2 : 4;
-    size_t product = ((size_t)j.inner * width + 63) / 64 * 64, input = widened ? ((size_t)j.hidden * 4 + 63) / 64 * 64 : 0;
+    size_t product = ((size_t)j.inner * width + 63) / 64 * 64;
+    size_t input = widened ? ((size_t)j.hidden * 4 + 63) / 64 * 64 : 0;
     size_t pointers = ((size_t)pairs * 2 * sizeof(void *) + 63) / 64 * 64;
     size_t counters = ((size_t)j.experts * sizeof(atomic_int) + 63) / 64 * 64;
     size_t need = pointers + counters + (size_t)pairs * (product + input);

@@ -19,7 +19,7 @@
 
 #define ABI 3          /* raised with every change to what Python calls */
 #define TOKENS 16      /* tokens computed from one reading of a block */
-#define TILE 4         /* rows, and tokens, computed together; the rows after them are prefetched meanwhile */
+#define MOST 4         /* rows computed together; rows of a block are a multiple of it */
 #define ROWS 64        /* most rows of a block */
 #define BLOCK (128 << 10) /* bytes of a block, about: measured */
 
@@ -49,10 +49,8 @@ INLINE bf16 narrow(float f) {
 
 INLINE float rounded(float f, int type) { return type == BFLOAT16 ? widen(narrow(f)) : f; }
 
-/* Sums of products of `rows` ≤ ROWS rows with `tokens` ≤ TOKENS inputs of length k: sums[t * ROWS + r].
- * `next` is where this thread will read next, if it knows: its first rows are prefetched along with the last ones. */
-typedef void dots_fn(const void *w, int64_t stride, int rows, const void *const *x, int tokens, int64_t k, float *sums,
-                     const void *next);
+/* Sums of products of `rows` ≤ ROWS rows with `tokens` ≤ TOKENS inputs of length k: sums[t * ROWS + r]. */
+typedef void dots_fn(const void *w, int64_t stride, int rows, const void *const *x, int tokens, int64_t k, float *sums);
 /* product[r] = act(gate[r]) * up[r], rounded as torch does, stored as the inputs of `dots` are. */
 typedef void gated_fn(const float *gate, const float *up, int rows, int act, int type, void *product);
 /* out[r] = sums[r] * weight, both rounded. */
@@ -77,8 +75,8 @@ typedef struct {
 
 /* rows of a block, for rows of so many elements */
 INLINE int64_t block_rows(int64_t width, int64_t size) {
-    int64_t rows = BLOCK / (width * size) / TILE * TILE;
-    return rows < TILE ? TILE : rows > ROWS ? ROWS : rows;
+    int64_t rows = BLOCK / (width * size) / MOST * MOST;
+    return rows < MOST ? MOST : rows > ROWS ? ROWS : rows;
 }
 
 extern HIDDEN const Level levels[];

@@ -23,21 +23,20 @@ typedef struct {
 static void work(void *job) {
     Job *j = job;
     float sums[TOKENS * ROWS];
-    int64_t at = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
-    while (at < j->blocks) {
-        /* taken before it is needed, so that its first rows are on their way by then */
-        int64_t then = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
-        int64_t row = at * j->rows, width = j->w_stride * j->size;
+    for (;;) {
+        int64_t at = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
+        if (at >= j->blocks)
+            return;
+        int64_t row = at * j->rows;
         int rows = (int)(j->n - row < j->rows ? j->n - row : j->rows);
-        const char *w = j->w + row * width, *next = then < j->blocks ? j->w + then * j->rows * width : NULL;
+        const char *w = j->w + row * j->w_stride * j->size;
         for (int64_t t = 0; t < j->tokens; t += TOKENS) {
             int some = (int)(j->tokens - t < TOKENS ? j->tokens - t : TOKENS);
-            j->level->dots[j->type](w, j->w_stride, rows, j->inputs + t, some, j->k, sums, next);
+            j->level->dots[j->type](w, j->w_stride, rows, j->inputs + t, some, j->k, sums);
             for (int i = 0; i < some; i++)
                 j->level->stored(sums + i * ROWS, rows, j->bias ? j->bias + row * j->size : NULL, j->type,
                                  j->out + ((t + i) * j->out_stride + row) * j->size);
         }
-        at = then;
     }
 }
 
@@ -55,9 +54,9 @@ int offload_linear(int level, int threads, const int64_t *sizes, const void *x, 
     j.size = j.type == BFLOAT16 ? 2 : 4;
     if (j.n * j.k * j.size < WAKES)
         threads = 1;
-    int64_t fair = (j.n / (4 * (int64_t)(threads > 0 ? threads : 1)) + TILE - 1) / TILE * TILE;
+    int64_t fair = (j.n / (4 * (int64_t)(threads > 0 ? threads : 1)) + MOST - 1) / MOST * MOST;
     j.rows = block_rows(j.k, j.size);
-    j.rows = fair < TILE ? TILE : fair < j.rows ? fair : j.rows;
+    j.rows = fair < MOST ? MOST : fair < j.rows ? fair : j.rows;
     j.blocks = (j.n + j.rows - 1) / j.rows;
 
     int widened = j.type == BFLOAT16 && !j.level->narrowed;
