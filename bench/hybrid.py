@@ -88,9 +88,9 @@ def main() -> int:
             for n in range(args.rounds):
                 for mode in MODES if n % 2 == 0 else reversed(MODES):
                     runs[mode].append(in_process(SCRIPT, env, folder, mode, args.device, link, str(args.share)))
-            medians = {m: medians(r) for m, r in runs.items()}
-            rows.append({"link": link, "modes": medians})
-            for m, r in medians.items():
+            found = {m: medians(r) for m, r in runs.items()}
+            rows.append({"link": link, "modes": found})
+            for m, r in found.items():
                 say(f"link {link}, {m}: prefill {r['prefill_tokens_per_s']:.0f}, decode "
                     f"{r['decode_tokens_per_s']:.1f} tokens/s")  # fmt: skip
     name = "hybrid" if args.device == "emulated" else "gpu-hybrid"
