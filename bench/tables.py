@@ -263,6 +263,19 @@ def _hybrid(result: Result) -> str:
     ])  # fmt: skip
 
 
+def _linears(result: Result) -> str:
+    lines = ["| what | type | tokens | torch | kernel | kernel ÷ torch |", "|---" * 6 + "|"]
+    for c in [*result["products"], *result["attention"]]:
+        rates = " | ".join(f"{c['bytes_per_s'][name] / 1e9:.1f}" for name in ("torch", "kernel"))
+        lines.append(f"| {c['what']} | {c['dtype']} | {c['size']} | {rates} | {c['kernel_over_torch']:.2f}× |")
+    return "\n".join([
+        *lines, "",
+        f"GB/s of the weights, or of the keys and values ({result['threads']} threads, {result['level']}); tokens: of "
+        f"the call, in attention those held; medians of {result['rounds']} rounds. Load average "
+        f"{result['load_average_before']:.2f}. {_machine(result['machine'])}, {result['date'].split()[0]}.",
+    ])  # fmt: skip
+
+
 def _disk(result: Result) -> str:
     return (
         f"Disk, direct, 1 MiB × 8, same file in turn: fio {result['fio'] / 1e9:.2f} GB/s, our reader "
@@ -337,6 +350,7 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "overlap": _overlap,
     "disk": _disk,
     "experts": _experts,
+    "linears": _linears,
     "predict": _predict,
     "regret": _regret,
     "routing": _routing,

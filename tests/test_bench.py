@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe import kernels
 from offload import engine, graphs, launches
 from offload.stats import StepStats
 from tiers import EmulatedDevice
@@ -32,6 +34,7 @@ import disk  # noqa: E402
 import gguf_write  # noqa: E402
 import gpu_check  # noqa: E402
 import limit  # noqa: E402
+import linears  # noqa: E402
 import llama_peer  # noqa: E402
 import predict  # noqa: E402
 import regret  # noqa: E402
@@ -643,6 +646,28 @@ def test_resident_rounds_are_warm_and_without_a_limit(scratch: Path, monkeypatch
     monkeypatch.setattr(one, "worker", lambda group, *a, **k: {**run("ours", "", 1.0), "step_s": [9.0, 8.0, 0.5, 0.5]})
     found = one.rounds(None)
     assert [(r["round"], r["cache"], r["decode_tokens_per_s"]) for r in found] == [(1, "warm", 2.0), (2, "warm", 2.0)]
+
+
+def test_linear_layers_and_attention_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+    ways = {"torch": lambda i: asked.append(("torch", i)), "kernel": lambda i: asked.append(("kernel", i))}
+    assert set(linears.in_turn(ways, 3, 2)) == {"torch", "kernel"}
+    assert [name for name, _ in asked] == ["kernel", "torch", "torch", "kernel"] * 2
+    assert all(a[1] != b[1] for a, b in itertools.pairwise(asked)), "never the same operand twice in a row"
+    monkeypatch.setattr(linears, "WORKING_SET", 4 << 20)
+    monkeypatch.setattr(linears, "SHAPES", {"small": (8, 16)})
+    monkeypatch.setattr(linears, "LENGTHS", (5,))
+    if kernels.load() is None:
+        pytest.skip("no C compiler here")
+    found = linears.measure(1, ["bfloat16"])
+    assert [c["size"] for c in found["products"]] == list(linears.TOKENS)
+    assert found["attention"][1]["bytes"] == 2 * 8 * 5 * 128 * 2
+    text = tables.render({
+        "kind": "linears", "machine": common.machine(), "date": "2026-11-21", "load_average_before": 0.5, **found,
+    })  # fmt: skip
+    assert "| small | bfloat16 | 16 | " in text
+    assert "| Llama 3B, attention | bfloat16 | 5 | " in text
+    assert "medians of 1 rounds" in text
 
 
 # startup and tables
