@@ -129,6 +129,11 @@ def judge(cell: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def cell_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a cell from another."""
+    return tuple(row[k] for k in ("model", "percent", "batch", "prompt", "device"))
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and 90th percentile of the absolute errors over all cells."""
     out = {}
@@ -144,6 +149,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "predict.json")
     parser.add_argument("--svg", type=Path, help="draw predicted against measured")
     parser.add_argument("--only", type=int, help="run the first so many cells")
+    parser.add_argument(
+        "--retake", metavar="MODEL:DEVICE", help="only these cells; the others stay as they are in --out"
+    )
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "CELL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
@@ -158,6 +166,8 @@ def main() -> int:
             say(f"profiling ({name})")
             profiled = profile(folders[DENSE], name, env)
         todo = cells()[: args.only]
+        if args.retake is not None:
+            todo = [c for c in todo if f"{c['model']}:{c['device']}" == args.retake and c["percent"] < 100]
         for i, cell in enumerate(todo, 1):
             command = [sys.executable, str(Path(__file__)), "--worker", str(folders[cell["model"]]), json.dumps(cell)]
             run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -171,6 +181,9 @@ def main() -> int:
                 f"{cell['prompt']}: told {100 * e['told_decode']:+.0f}% / {100 * e['told_ttft']:+.0f}%, model "
                 f"{100 * e['model_decode']:+.0f}% / {100 * e['model_ttft']:+.0f}%"
                 + (f", disk drift {100 * e['drift']:+.0f}%" if e["drift"] is not None else ""))  # fmt: skip
+    if args.retake is not None:
+        taken = {cell_key(r): {**r, "retaken": today()} for r in rows}
+        rows = [taken.get(cell_key(r), r) for r in json.loads(args.out.read_text())["cells"]]
     total = summary(rows)
     write_json(args.out, {
         "kind": "predict", "name": "predict", "date": today(), "machine": machine(), "load_average_before": load,

@@ -88,7 +88,7 @@ def record(part: int, predictor: str, out: Path, depth: int = 1) -> dict[str, An
             for pairs in known if pairs
         ],
         "layers": [
-            {"recall": u.recall, "precision": u.precision, "named": u.named / u.needed if u.needed else None}
+            {"recall": u.recall, "precision": u.precision, "named": u.named / u.asked if u.asked else None}
             for u in total
         ],
         "sha256": hashlib.sha256(out.read_bytes()).hexdigest()[:16],

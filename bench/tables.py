@@ -305,12 +305,14 @@ def _predict(result: Result) -> str:
         return f"{100 * s[name]['median']:.1f} % / {100 * s[name]['p90']:.1f} %"
 
     cells = "\n".join(lines)
+    again = sum("retaken" in c for c in result["cells"])
+    retaken = f"{again} cells were taken again after a change to what is predicted of them. " if again else ""
     return (
         f"Error of {len(result['cells'])} cells, median / 90th percentile (targets 5 % / 15 %): at the speeds measured "
         f"in the same run, decode {both('model_decode')}, first token {both('model_ttft')}; as a user is told, "
         f"decode {both('told_decode')}, first token {both('told_ttft')}; at the very first request of a cell, decode "
         f"{both('first_decode')}.\n\n<details><summary>all cells</summary>\n\n{cells}\n\n</details>\n\n"
-        f"Errors are predicted over measured time, less 1; percent of the model that fits in memory; the emulated "
+        f"{retaken}Errors are predicted over measured time, less 1; percent of the model that fits in memory; the emulated "
         f"device's link is {result['link']}/s. {_machine(result['machine'])}, {result['date'].split()[0]}."
     )
 

@@ -28,6 +28,9 @@ from tiers import Residency
 # Start fetching a block: False if it may not be, or no slot can be had; None if it is well where it is.
 Fetch = Callable[[str], bool | None]
 
+_IDLE = 32  # passes in which nothing that was foreseen of a layer was worth a fetch: then it is asked less often
+_SELDOM = 4  # one pass in so many
+
 
 @dataclass(slots=True)
 class LayerUse:
@@ -35,8 +38,9 @@ class LayerUse:
 
     `cpu` were computed on the CPU beside a device, where they lay (`moe.beside`). `ahead` came in time because they
     were foreseen, `late` were foreseen but still on their way. `fetched` ahead in all, of which `wasted` were not what
-    the layer then chose. `predicted` are the guesses, as many as were needed, and `right` those of them that came true;
-    `named` are the experts needed that were among all guesses.
+    the layer then chose. `asked` were needed in passes of which something was said; `predicted` are the guesses, as
+    many as were needed, and `right` those of them that came true; `named` are the experts needed that were among all
+    guesses.
     """
 
     needed: int = 0
@@ -45,6 +49,7 @@ class LayerUse:
     late: int = 0
     missed: int = 0
     cpu: int = 0
+    asked: int = 0
     predicted: int = 0
     right: int = 0
     named: int = 0
@@ -60,7 +65,7 @@ class LayerUse:
     @property
     def recall(self) -> float | None:
         """Share of the experts needed that were foreseen, with as many guesses as were needed."""
-        return self.right / self.needed if self.needed else None
+        return self.right / self.asked if self.asked else None
 
     @property
     def precision(self) -> float | None:
@@ -135,6 +140,8 @@ class ExpertLookahead:
         self._logits: dict[int, torch.Tensor] = {}
         self._now = _Heard(np.zeros((0, 0), np.int64), torch.zeros(0), None)
         self._said: dict[int, list[tuple[int, float]]] = {}
+        self._idle = [0] * len(keys)  # passes without a fetch, by the layer that it would have been for
+        self._passes = 0
 
     def begin(self) -> None:
         """A request begins."""
@@ -152,12 +159,13 @@ class ExpertLookahead:
         once: one synchronisation.
         """
         compute_with = index
+        self._passes += layer == 0
         asked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         logits = self._logits.pop(layer, None)
         if self._replay is None and (self._predictor is not None or self._recorder is not None):
             for later in range(layer + 1, min(layer + self._depth + 1, len(self._routers))):
                 router = self._routers[later]
-                if router is not None:
+                if router is not None and self._worth_asking(later):
                     asked[later] = router(hidden)
         if hidden.device.type != "cpu":
             index, weights, logits, hidden, asked = _to_cpu(index, weights, logits, hidden, asked)
@@ -194,8 +202,12 @@ class ExpertLookahead:
             self._foresee(layer + 1, None)
         return compute_with
 
+    def _worth_asking(self, later: int) -> bool:
+        """Looking ahead takes time of its own: where it has come to nothing for a while, it is done now and then."""
+        return self._recorder is not None or self._idle[later] < _IDLE or self._passes % _SELDOM == 0
+
     def _foresee(self, later: int, guess: NDArray[np.integer[Any]] | None) -> None:
-        if self._predictor is None:
+        if self._predictor is None or not self._worth_asking(later):
             return
         if guess is not None and self._hears:
             self._predictor.ahead(later, guess)  # type: ignore[attr-defined]
@@ -208,6 +220,7 @@ class ExpertLookahead:
         foreseen = self._foreseen.pop(layer, None) or _Foreseen([], set())
         guessed = foreseen.said[: len(experts)]
         use.needed += len(experts)
+        use.asked += len(experts) if foreseen.said else 0
         use.predicted += len(guessed)
         use.right += len(set(guessed).intersection(experts))
         use.named += len(set(foreseen.said).intersection(experts))
@@ -249,6 +262,7 @@ class ExpertLookahead:
             if started:
                 foreseen.fetched.add(e)
                 use.fetched += 1
+        self._idle[later] = 0 if foreseen.fetched else self._idle[later] + 1
 
 
 def _to_cpu(

@@ -106,7 +106,7 @@ def expected(known: Calibration, about: Any = FACTS, plan: Plan = PLAN, work: Wo
 def measured(real: Machine, about: Any = FACTS, plan: Plan = PLAN, routing: Routing = EVEN) -> RequestStats:
     """A run on a machine that is in truth like `real`."""
     p = predict(about, plan, real, WORK, routing)
-    foreseen = LayerUse(needed=1000, right=round(1000 * routing.recall),
+    foreseen = LayerUse(needed=1000, asked=1000, right=round(1000 * routing.recall),
                         predicted=round(1000 * routing.recall / routing.precision))  # fmt: skip
     steps = WORK.new_tokens - 1
 

@@ -92,7 +92,9 @@ def test_what_the_next_router_says_is_fetched_and_counted(cache: Cache) -> None:
     assert cache.residency.resident("1.2")
     ahead.needs(1, [2, 5])
     assert ahead.use[0] == LayerUse(needed=2, missed=2)
-    assert ahead.use[1] == LayerUse(needed=2, ahead=1, missed=1, predicted=2, right=1, named=1, fetched=2, wasted=1)
+    assert ahead.use[1] == LayerUse(
+        needed=2, ahead=1, missed=1, asked=2, predicted=2, right=1, named=1, fetched=2, wasted=1
+    )
     assert ahead.use[1].recall == ahead.use[1].precision == 0.5
     through(ahead, cache, 1, [2, 5])  # the last layer has nobody to look to: its successor has no router
     assert ahead.use[2] == LayerUse()
@@ -166,6 +168,25 @@ def test_useless_predictions_come_to_nothing(tmp_path: Path) -> None:
     assert use.right == 0
     assert 0 < use.fetched < 0.05 * rounds * K
     cache.queue.close()
+
+
+def test_what_comes_to_nothing_is_asked_seldom(cache: Cache) -> None:
+    """Everything that is foreseen is there: nothing to fetch, and asking takes time."""
+    asked = 0
+
+    def router(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal asked
+        asked += 1
+        return router_of([0, 1])(hidden)
+
+    ahead = ExpertLookahead(
+        cache.residency, cache.keys, [None, router, None], 4, predictor=GateAhead([EXPERTS] * LAYERS)
+    )
+    for _ in range(200):
+        through(ahead, cache, 0, [0, 1])
+        through(ahead, cache, 1, [0, 1])
+    assert 60 < asked < 90
+    assert ahead.use[1].missed == 2
 
 
 def test_useful_predictions_go_on(cache: Cache) -> None:

@@ -119,7 +119,7 @@ def observe(
         use = stats.experts_use
         if use is not None and use.needed and use.predicted:
             # of the layers that are foreseen at all: nobody looks ahead to the first one
-            needed = sum(u.needed for u in stats.experts_by_layer[1:])
+            needed = sum(u.asked for u in stats.experts_by_layer[1:])
             recall, precision = use.right / max(1, needed), use.precision or 0.0
             if abs(recall - new.recall) > beyond / 2:
                 reasons.append(f"{100 * recall:.0f}% of experts were foreseen")

@@ -1,9 +1,11 @@
-"""How many experts of a layer are not in memory when they are needed: expected misses of an LRU cache.
+"""How many experts of a layer are not in memory when they are needed: expected misses of a cache.
 
 Routing is drawn at random with a fixed seed: each token's experts are uniform, except that with probability `repeat` a
 choice is one of the previous token's (measured per model, see `calibration`). Reuse distances are computed once
-(Mattson et al. 1970, "Evaluation techniques for storage hierarchies"); they answer for every cache size, and more slots
-never miss more.
+(Mattson et al. 1970, "Evaluation techniques for storage hierarchies"); they answer for every LRU cache size. A cache
+that goes by router scores does not lose everything when all experts take turns, as in a prompt or a large batch: it
+finds at least what its share of all experts is, and that is expected where LRU would find less. More slots never miss
+more.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import functools
 import random
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -34,13 +37,18 @@ BLIND = Routing()  # nothing is foreseen
 MAX_STEPS = 16  # decode steps drawn; what follows is like the last quarter of them
 _MAX_TOUCHES = 60_000  # bounds the time of a plan; very large models are drawn for fewer steps
 _SEED = 1
+_NEVER = 1 << 60  # the distance of what has not been used before
 
 
 @dataclass(frozen=True, slots=True)
 class PassMisses:
-    """One pass: `distances[layer]` are the sorted reuse distances of the experts that the layer needs."""
+    """One pass: `distances[layer]` are the sorted reuse distances of the experts that the layer needs.
+
+    `total` are the experts of all layers, if most of them are needed at once; 0 asks for LRU.
+    """
 
     distances: tuple[tuple[int, ...], ...]
+    total: int = 0
 
     def needed(self, layer: int) -> int:
         """Distinct experts of the layer."""
@@ -48,8 +56,21 @@ class PassMisses:
 
     def missed(self, layer: int, slots: int) -> int:
         """Those of them that a cache of `slots` does not hold."""
-        d = self.distances[layer]
-        return len(d) - bisect_left(d, slots)
+        return round(absent(self.distances[layer], slots, self.total))
+
+
+def crowded(needed: float, total: int) -> bool:
+    """Whether a pass needs so many of all experts that they take turns."""
+    return 2 * needed >= total
+
+
+def absent(distances: Sequence[int], slots: int, total: int) -> float:
+    """How many of the experts with these reuse distances, ascending, `slots` of `total` do not hold (see above)."""
+    least_recent = len(distances) - bisect_left(distances, slots)
+    if not total or slots >= total:
+        return least_recent
+    never = len(distances) - bisect_left(distances, _NEVER)
+    return min(least_recent, never + (len(distances) - never) * (1 - slots / total))
 
 
 @functools.lru_cache(maxsize=32)
@@ -83,7 +104,7 @@ def draw(
         for e in sorted(chosen, key=lambda e: (-last.get((layer, e), -1), e)):
             at = last.get((layer, e))
             if at is None:
-                distances.append(1 << 60)
+                distances.append(_NEVER)
             else:
                 i = bisect_left(recent, at)
                 distances.append(len(recent) - 1 - i)
@@ -109,7 +130,7 @@ def draw(
                         previous[number][s] = list(picks)
                     chosen |= picks
             out.append(touch(number, chosen))
-        return PassMisses(tuple(out))
+        return PassMisses(tuple(out), whole if crowded(sum(map(len, out)), whole) else 0)
 
     if warm:
         every = [(number, e) for number, (experts, _) in enumerate(layers) for e in range(experts)]

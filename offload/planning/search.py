@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
 
 from offload.describe import Description
@@ -19,7 +18,7 @@ from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
 from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
 from offload.planning.predict import ALL, Prediction, Workload, chunks_of, placement, predict, simulate
-from offload.planning.routing import EVEN, Routing, draw
+from offload.planning.routing import EVEN, Routing, absent, crowded, draw
 from offload.planning.timeline import Placement
 
 _PASSES = 4  # over a prompt, drawn for the bound: by then most experts have been used
@@ -111,8 +110,9 @@ class _Bound:
         foresees: bool,
     ) -> float:  # fmt: skip
         machine, n = self._machine, self._expert_bytes
-        up = (len(distances) - bisect_left(distances, slots)) / passes * n
-        read = (len(distances) - bisect_left(distances, below)) / passes * n
+        total = self._facts.experts if crowded(len(distances) / passes, self._facts.experts) else 0
+        up = absent(distances, slots, total) / passes * n
+        read = absent(distances, below, total) / passes * n
         rate = machine.link_bytes_per_s or math.inf
         # experts that nobody foresaw are fetched once they are chosen: that hides behind other experts at most
         late = 1 - self._routing.recall if foresees else 1.0
