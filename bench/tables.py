@@ -312,8 +312,8 @@ def _predict(result: Result) -> str:
         f"in the same run, decode {both('model_decode')}, first token {both('model_ttft')}; as a user is told, "
         f"decode {both('told_decode')}, first token {both('told_ttft')}; at the very first request of a cell, decode "
         f"{both('first_decode')}.\n\n<details><summary>all cells</summary>\n\n{cells}\n\n</details>\n\n"
-        f"{retaken}Errors are predicted over measured time, less 1; percent of the model that fits in memory; the emulated "
-        f"device's link is {result['link']}/s. {_machine(result['machine'])}, {result['date'].split()[0]}."
+        f"{retaken}Errors are predicted over measured time, less 1; percent of the model that fits in memory; the "
+        f"emulated device's link is {result['link']}/s. {_machine(result['machine'])}, {result['date'].split()[0]}."
     )
 
 
