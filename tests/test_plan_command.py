@@ -115,7 +115,6 @@ def test_what_would_help(told: dict[str, Any]) -> None:
         assert w["gain"] == pytest.approx(w["decode_tokens_per_s"] / now), change
         if w["available"]:
             assert w["gain"] > 0.98, change
-    assert told["bottleneck"] == "compute", "what the device lacks is computed on the CPU"
     moved = offload.plan("allenai/OLMoE-1B-7B", hardware=GPU, vram="6GiB", expert_compute="device").as_json()
     rows_moved = {w["change"]: w for w in moved["what_if"]}
     assert moved["bottleneck"] == "link"
