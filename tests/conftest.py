@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+from moe import kernels
+from tiers.folders import cache_folder
 
 # before transformers is imported anywhere: tests never reach for the network, and keep quiet
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +37,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["OFFLOAD_CACHE"]
     else:
         os.environ["OFFLOAD_CACHE"] = before
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of this test's own: nothing in it but the compiled kernels, which take seconds to compile."""
+    folder = tmp_path / "cache"
+    if kernels.load() is not None:
+        shutil.copytree(cache_folder() / "kernels", folder / "kernels", copy_function=shutil.copy2)
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("OFFLOAD_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -32,8 +32,8 @@ SOME = Calibration(((1, 1.25), (512, 0.5)), 2.5e9, 0.3, 4, "the disk gave 2.50 G
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path / "cache"))
+def own_cache(fresh_cache: Path) -> None:
+    pass
 
 
 def kept() -> Path:

@@ -266,7 +266,8 @@ def test_tokens_do_not_change_and_fewer_are_waited_for(tmp_path: Path, device: s
     oracle = save(build("qwen3_moe", num_hidden_layers=6), tmp_path)
     prompt = torch.randint(4, 160, (1, 9), generator=torch.Generator().manual_seed(3))
     want = oracle.generate(prompt, max_new_tokens=16, do_sample=False)[0, 9:].tolist()
-    options = {"device": device, "resident": "85%", "context": 64}
+    # whole layers stay, whatever this machine's speeds: a router that comes and goes with its layer is not asked
+    options = {"device": device, "resident": "85%", "context": 64, "overrides": {"resident_layers": 6}}
     if device == "emulated":
         options["vram"] = "8MiB"
     with offload.load(tmp_path, **options) as model:

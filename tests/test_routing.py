@@ -16,6 +16,7 @@ from offload.errors import ModelError, UsageError
 from tiers import LRU
 
 PROMPT = [5, 9, 23, 7, 40, 11]
+STAY = {"resident_layers": 4}  # whole, whatever the speeds: a router that comes and goes with its layer is not asked
 MOE = [f for f in FAMILIES if any("expert" in name for name in FAMILIES[f])]
 
 
@@ -27,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generated(folder: Path, **options: object) -> list[int]:
-    with offload.load(folder, context=64, **{"resident": "80%", **options}) as model:
+    with offload.load(folder, context=64, **{"resident": "80%", "overrides": STAY, **options}) as model:
         tokens: list[int] = model.run([PROMPT], max_new_tokens=12, ignore_eos=True).token_ids[0]
         return tokens
 
@@ -101,7 +102,9 @@ def test_a_replayed_trace_is_what_is_computed(tiny: Path, tmp_path: Path) -> Non
 def test_replay_has_the_hits_of_the_trace(tiny: Path, tmp_path: Path) -> None:
     trace = synthetic.sticky(4, 8, 2, 60, repeat=1.0)
     trace.save(tmp_path / "same.npz")
-    with offload.load(tiny, context=64, resident="80%", replay_routing=str(tmp_path / "same.npz")) as model:
+    with offload.load(
+        tiny, context=64, resident="80%", overrides=STAY, replay_routing=str(tmp_path / "same.npz")
+    ) as model:
         use = model.run([PROMPT], max_new_tokens=20, ignore_eos=True).stats.experts_use
     assert use is not None
     assert use.needed == 4 * 2 * 20
@@ -129,19 +132,15 @@ def test_a_replay_goes_through_the_tokens_and_begins_again() -> None:
     assert (np.concatenate(seen) == rows[np.arange(8) % 6]).all()
 
 
-def test_what_is_learned_of_routers_is_kept_for_the_next_run(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OFFLOAD_CACHE", str(tmp_path))
-
+def test_what_is_learned_of_routers_is_kept_for_the_next_run(tiny: Path, fresh_cache: Path) -> None:
     def run(tokens: int) -> None:
-        with offload.load(tiny, context=128, resident="80%") as model:
+        with offload.load(tiny, context=128, resident="80%", overrides=STAY) as model:
             model.run([PROMPT], max_new_tokens=tokens, ignore_eos=True)
 
     run(4)
-    assert not list(tmp_path.glob("routers/*")), "too little to be worth keeping"
+    assert not list(fresh_cache.glob("routers/*")), "too little to be worth keeping"
     run(90)
-    (path,) = tmp_path.glob("routers/*.npz")
+    (path,) = fresh_cache.glob("routers/*.npz")
     assert path.stat().st_mode & 0o777 == 0o600
     before = path.read_bytes()
     run(90)
@@ -186,7 +185,7 @@ def test_the_default_is_not_lru() -> None:
 
 @pytest.mark.parametrize("depth", [2, 3])
 def test_looking_farther_changes_no_token(tiny: Path, depth: int) -> None:
-    with offload.load(tiny, context=64, resident="80%", expert_depth=depth) as model:
+    with offload.load(tiny, context=64, resident="80%", overrides=STAY, expert_depth=depth) as model:
         result = model.run([PROMPT], max_new_tokens=12, ignore_eos=True)
         said = model.engine.experts.foreseen(depth)
     assert result.token_ids[0] == generated(tiny, resident=None)
