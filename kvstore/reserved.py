@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from kvstore.tiered import TieredLayer
+
 
 class ReservedLayer(DynamicLayer):  # type: ignore[misc]
     """`DynamicLayer` with room for `capacity` tokens; grows past it, by doubling, only if asked to hold more."""
@@ -77,7 +79,8 @@ def rollback(cache: Cache, length: int) -> bool:
     uneven = [layer for layer in cache.layers if layer.get_seq_length() != length]
     if not uneven:
         return True
-    if any(type(layer) is not ReservedLayer or layer.get_seq_length() < length for layer in cache.layers):
+    kinds = (ReservedLayer, TieredLayer)
+    if any(type(layer) not in kinds or layer.get_seq_length() < length for layer in cache.layers):
         return False
     for layer in uneven:
         layer.crop(length - layer.get_seq_length())

@@ -20,6 +20,7 @@ from tiers.policy import LFU, LRU, EvictionPolicy, NextUse
 from tiers.queue import Cause, Meter, Ticket, TransferQueue
 from tiers.reader import CHUNK, BlockReader, DirectReader, Piece
 from tiers.residency import Counters, Lease, Residency
+from tiers.spill import SpillFile, SpillLink
 from tiers.trace import Trace
 from tiers.uplink import COPIES, UpLink, readable_directly
 
@@ -27,6 +28,6 @@ __all__ = [
     "CHUNK", "COPIES", "LFU", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause",
     "CheckpointError", "Codec", "Counters", "CpuDevice", "CudaDevice", "Device", "DirectReader", "EmulatedDevice",
     "EvictionPolicy", "Interrupted", "KvikioReader", "Lease", "Meter", "ModelError", "Move", "NextUse", "OffloadError",
-    "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "Ticket", "Trace", "TransferQueue", "UpLink",
-    "UsageError", "page_down", "page_up", "readable_directly",
+    "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "SpillFile", "SpillLink", "Ticket", "Trace",
+    "TransferQueue", "UpLink", "UsageError", "page_down", "page_up", "readable_directly",
 ]  # fmt: skip

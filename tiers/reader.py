@@ -158,6 +158,11 @@ class DirectReader:
             self.close()
             raise
 
+    def add(self, file: OpenFile) -> int:
+        """Read from this file too, which is closed with the others; returns its number."""
+        self._files.append(file)
+        return len(self._files) - 1
+
     @property
     def buffered(self) -> bool:
         """Whether any file had to be opened without O_DIRECT."""

@@ -3,19 +3,20 @@
 Invariants, held whenever the lock is free:
  - a block has a slot iff it is pinned, resident or on its way; two blocks never share a slot;
  - a slot is either free in its pool or belongs to exactly one block;
- - a leased block, and one whose ticket is not done, is never evicted and its slot never reused.
+ - a leased block, and one whose ticket is not done, is never evicted and its slot never reused;
+ - nor is a dirty one, before every byte of it is on disk.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from tiers.arena import Arena, Pool, Slot
-from tiers.block import Block
+from tiers.block import Block, Segment
 from tiers.device import Device
 from tiers.policy import EvictionPolicy
 from tiers.queue import Cause, Ticket, TransferQueue
@@ -31,6 +32,7 @@ class Counters:
     late: int = 0  # fetched ahead, but not all there when needed
     missed: int = 0  # not even under way when needed
     stall_s: float = 0.0  # time compute waited for tickets
+    fetched: int = 0  # bytes of blocks asked for over the queue, whatever for
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class _Entry:
     ticket: Ticket | None = None
     leases: int = 0
     unused: bool = False  # fetched and not used since: its first use is not a hit
+    dirty: bool = False  # made here, and nowhere else until `spilling` has ended well
+    spilling: Ticket | None = None
 
 
 class Lease:
@@ -95,8 +99,11 @@ class Residency:
     """Blocks, their pools and policies. `acquire`, `request` and `prefetch` are safe from any thread."""
 
     def __init__(
-        self, arena: Arena, queue: TransferQueue, device: Device | None = None, trace: Trace | None = None
-    ) -> None:
+        self, arena: Arena, queue: TransferQueue, device: Device | None = None, trace: Trace | None = None,
+        down: TransferQueue | None = None,
+    ) -> None:  # fmt: skip
+        """Blocks come over `queue`; those made here (`create`) are written to disk over `down`."""
+        self._down = down
         self._arena = arena
         self._queue = queue
         self._device = device
@@ -124,6 +131,70 @@ class Residency:
         self._entries[block.key] = _Entry(block, None, slot, ticket)
         return ticket
 
+    def create(self, block: Block, pool: str) -> Lease:
+        """Register a block that is made here: it gets a slot, whose content is the caller's to write, and is dirty.
+
+        Waits for a spill to end if every slot is leased or dirty. Raises what made a spill fail, `Interrupted`, and
+        `RuntimeError` if no slot can ever come free.
+        """
+        with self._lock:
+            self.add(block, pool)
+            entry = self._entries[block.key]
+            try:
+                while (slot := self._take_slot(entry, Cause.DEMAND)) is None:
+                    self._await_spill(pool)
+            except BaseException:
+                del self._entries[block.key]
+                raise
+            entry.slot, entry.dirty, entry.leases = slot, True, 1
+            self._pools[pool][1].touched(block.key)
+            return Lease(self, block.key, slot, None)
+
+    def soil(self, key: str) -> None:
+        """The block, which is leased, is about to be changed: what is on disk will not be it any more."""
+        with self._lock:
+            entry = self._entries[key]
+            assert entry.leases > 0
+            if entry.spilling is not None:
+                entry.spilling.wait(self.interrupted)
+            entry.dirty, entry.spilling = True, None
+
+    def spill(self, key: str, segments: Sequence[Segment]) -> bool:
+        """Start writing a dirty block to where `segments` say, and it will be read from; False if that is not needed.
+
+        It can be evicted once every byte is there.
+        """
+        with self._lock:
+            entry = self._entries[key]
+            if not entry.dirty or entry.spilling is not None:
+                return False
+            assert self._down is not None and entry.slot is not None
+            entry.block = replace(entry.block, segments=tuple(segments))
+            entry.spilling = self._down.fetch(entry.block, entry.slot, Cause.PREFETCH)
+            return True
+
+    def remove(self, key: str) -> None:
+        """The block is no more: its slot is free again. It must not be leased."""
+        with self._lock:
+            entry = self._entries.pop(key)
+            assert entry.leases == 0
+            for ticket, queue in ((entry.ticket, self._queue), (entry.spilling, self._down)):
+                if ticket is not None and not ticket.done and queue is not None:
+                    queue.cancel(ticket)
+            if entry.slot is not None:
+                assert entry.pool is not None
+                pool, policy = self._pools[entry.pool]
+                pool.give(entry.slot)
+                policy.removed(key)
+
+    def _await_spill(self, pool: str) -> None:
+        """Until one of the pool's dirty blocks is on disk. Under the lock, which the writers do not need."""
+        ticket = next((e.spilling for e in self._entries.values() if e.pool == pool and e.leases == 0 and e.dirty
+                       and e.spilling is not None and not e.spilling.done), None)  # fmt: skip
+        if ticket is None:
+            raise RuntimeError(f"every slot of pool {pool} is leased; the plan gave it too few")
+        ticket.wait(self.interrupted)
+
     def acquire(self, key: str) -> Lease:
         """Lease the block and wait until it is in memory. Raises `ReadError`, `Interrupted`."""
         lease = self.request(key)
@@ -144,10 +215,11 @@ class Residency:
             missed = entry.slot is None
             fetched = missed or entry.unused
             if missed:
-                if not self._fetch(entry, cause):
-                    if must:
-                        raise RuntimeError(f"every slot of pool {entry.pool} is leased; the plan gave it too few")
-                    return None
+                while not self._fetch(entry, cause):
+                    if not must:
+                        return None
+                    assert entry.pool is not None
+                    self._await_spill(entry.pool)
             elif under_way and entry.ticket is not None and cause is Cause.DEMAND:
                 self._queue.promote(entry.ticket)
             entry.leases += 1  # before the lock is let go: from here on it cannot be evicted
@@ -279,6 +351,7 @@ class Residency:
             self._pools[entry.pool][0].give(slot)
             raise
         entry.slot, entry.unused = slot, True
+        self.counters.fetched += entry.block.nbytes
         self._pools[entry.pool][1].touched(entry.block.key)
         return True
 
@@ -291,7 +364,8 @@ class Residency:
 
         def idle(key: str) -> bool:
             e = self._entries[key]
-            return e.leases == 0 and e.slot is not None and (e.ticket is None or e.ticket.done)
+            settled = e.slot is not None and (e.ticket is None or e.ticket.done)
+            return e.leases == 0 and settled and not (e.dirty and not _written(e))
 
         victim = policy.victim(idle, entry.block.key)
         if victim is None and cause is Cause.DEMAND:
@@ -303,6 +377,7 @@ class Residency:
             return None
         gone = self._entries[victim]
         slot, gone.slot, gone.ticket, gone.unused = gone.slot, None, None, False
+        gone.dirty, gone.spilling = False, None
         policy.removed(victim)
         return slot
 
@@ -331,3 +406,13 @@ class Residency:
         pool.give(entry.slot)
         policy.removed(entry.block.key)
         entry.slot, entry.ticket, entry.unused = None, None, False
+
+
+def _written(entry: _Entry) -> bool:
+    """Whether a dirty block is on disk by now. Raises what made the writing fail."""
+    ticket = entry.spilling
+    if ticket is None or not ticket.done:
+        return False
+    if ticket.error is not None:
+        raise ticket.error
+    return True

@@ -1,0 +1,230 @@
+"""The store of one request's chunks: which stay in memory, which pass through, and who is fetched ahead.
+
+Exact attention reads all of a layer's chunks in every step, layer after layer: a cyclic scan, of which a fixed share
+that stays and a ring of slots for the rest is the best there is (Belady 1966). The share is spread evenly over the
+layers, so that each layer's reads have the others' compute to hide behind. What will not stay is written to disk as
+soon as it is full, once, and then comes and goes at the price of a read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvstore.chunks import Chunk, ChunkList, KVShape
+from tiers import (
+    Arena,
+    Block,
+    DirectReader,
+    Lease,
+    Residency,
+    Segment,
+    SpillFile,
+    SpillLink,
+    Trace,
+    TransferQueue,
+)
+
+WRITERS = 2  # writes in flight: the disk's queue is for reads
+RING = 8  # slots that chunks pass through: as many reads in flight as a disk needs
+LEAST_RING = 2  # one being attended to, one on its way
+_POOL = "kv"
+
+
+class KVDisk:
+    """Where chunks are spilled to, for all requests of an engine: one file, read over the queue that reads weights."""
+
+    def __init__(
+        self, folder: Path, limit: int | None, reader: DirectReader, queue: TransferQueue, trace: Trace | None = None
+    ) -> None:
+        """Raises `UsageError` for a folder that cannot be used."""
+        self.file = SpillFile(folder, limit)
+        self.number = reader.add(self.file)  # which closes it
+        self.read = queue
+        self.write = TransferQueue(SpillLink(self.file), WRITERS, trace)
+
+    def close(self) -> None:
+        """Stop the writers."""
+        self.write.close()
+
+
+class ScanPolicy:
+    """Of what passes through, that which has been used goes first: it is needed again only after all the rest."""
+
+    def __init__(self) -> None:
+        self._used: OrderedDict[str, None] = OrderedDict()
+
+    def used(self, key: str) -> None:
+        """The block has served this step."""
+        self._used[key] = None
+
+    def touched(self, key: str) -> None:
+        """It is wanted."""
+        self._used.pop(key, None)
+
+    def removed(self, key: str) -> None:
+        """Forget it."""
+        self._used.pop(key, None)
+
+    def victim(self, evictable: Callable[[str], bool], incoming: str) -> str | None:
+        """The first that was used, never one that is still to be."""
+        return next((k for k in self._used if evictable(k)), None)
+
+
+@dataclass(slots=True)
+class KVBooks:
+    """Bytes read from and written to disk, and seconds waited for them."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    stall_s: float = 0.0
+
+
+class ChunkStore:
+    """Slots for `layers` layers of `batch` sequences that grow to `capacity` tokens.
+
+    `resident` bytes are kept in memory, raised to the least that works: for each sequence and layer the chunk that is
+    being filled, and a ring. `tokens` of a chunk; layers of another shape than the first get as many as fit the slot.
+    """
+
+    def __init__(
+        self, disk: KVDisk, shape: KVShape, layers: int, batch: int, capacity: int, resident: int,
+        *, tokens: int | None = None, interrupted: Callable[[], bool] | None = None,
+    ) -> None:  # fmt: skip
+        self._disk = disk
+        self.tokens = tokens or shape.chunk_tokens()
+        self.slot_nbytes = shape.chunk_nbytes(self.tokens)
+        self.slots = slots_for(resident, self.slot_nbytes, layers, batch, capacity, self.tokens)
+        self._shapes: dict[int, tuple[KVShape, int]] = {}  # by layer: and tokens of a chunk
+        self._arena = Arena(self.slots * self.slot_nbytes)
+        self._policy = ScanPolicy()
+        self.residency = Residency(self._arena, disk.read, down=disk.write)
+        self.residency.interrupted = interrupted
+        self.residency.add_pool(_POOL, self.slot_nbytes, self.slots, self._policy)
+        tails = layers * batch
+        whole = tails * -(-capacity // self.tokens)
+        ring = 0 if self.slots >= whole else min(RING, max(LEAST_RING, (self.slots - tails) // 2))
+        each, rest = divmod(max(0, self.slots - tails - ring), layers)
+        # the last chunk of a sequence is a tail anyway
+        self._may_stay = [each + (n < rest) for n in range(layers)]
+        self._numbers = itertools.count()
+        self.books = KVBooks()
+
+    def new_list(self, layer: int, shape: KVShape) -> ChunkList:
+        """An empty sequence of a layer."""
+        if layer not in self._shapes:
+            self._shapes[layer] = shape, min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+        return ChunkList(self, layer, self._shapes[layer][1])
+
+    # what lists ask for
+
+    def create(self, layer: int) -> Chunk:
+        """See `Store`. Waits for a slot; raises `Interrupted`, and what made a spill fail (a full disk)."""
+        chunk = Chunk(f"kv.{next(self._numbers)}", layer)
+        shape, tokens = self._shapes[layer]
+        block = Block(chunk.key, tokens * shape.token_nbytes, self.slot_nbytes, ())
+        self._lease(chunk, self.residency.create(block, _POOL))
+        return chunk
+
+    def open(self, chunk: Chunk) -> None:
+        """See `Store`."""
+        if chunk.lease is None:
+            self._lease(chunk, self.residency.acquire(chunk.key))
+        if chunk.offset is not None:
+            self.residency.soil(chunk.key)
+
+    def full(self, chunk: Chunk) -> None:
+        """See `Store`: it stays if the layer may keep one more, else it is spilled."""
+        if chunk.stays:
+            return
+        if self._may_stay[chunk.layer] > 0:
+            self._may_stay[chunk.layer] -= 1
+            chunk.stays = True
+            return
+        self.spill(chunk)
+
+    def spill(self, chunk: Chunk) -> None:
+        """Write it to disk, and let it go."""
+        if chunk.stays:
+            chunk.stays = False
+            self._may_stay[chunk.layer] += 1
+        nbytes = self.residency.nbytes(chunk.key)
+        if chunk.offset is None:
+            chunk.offset = self._disk.file.allocate(nbytes)
+        if self.residency.spill(chunk.key, (Segment(self._disk.number, chunk.offset, nbytes, 0, None, True),)):
+            self.books.bytes_written += nbytes
+        self._release(chunk)
+
+    def give_up(self, chunk: Chunk) -> None:
+        """See `Store`."""
+        if chunk.stays:
+            self._may_stay[chunk.layer] += 1
+        self._release(chunk)
+        if chunk.offset is not None:
+            nbytes = self.residency.nbytes(chunk.key)
+            self.residency.remove(chunk.key)
+            self._disk.file.free(chunk.offset, nbytes)
+        else:
+            self.residency.remove(chunk.key)
+
+    # attention
+
+    def reading(
+        self, spans: Sequence[tuple[Chunk, int, int]], later: Iterable[Chunk]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of tokens of each span [kv heads, n, D], in order; good until the next is asked for.
+
+        While one is attended to, those behind it, and then the `later` chunks, are fetched.
+        """
+        passing = [chunk for chunk, *_ in spans if chunk.lease is None]
+        coming = [*passing, *itertools.islice((c for c in later if c.lease is None), RING)]
+        asked = self._fetch(coming, 0)
+        for chunk, start, stop in spans:
+            if chunk.views is not None:
+                k, v = chunk.views
+                yield k[:, start:stop], v[:, start:stop]
+                continue
+            before = self.residency.counters.stall_s
+            lease = self.residency.acquire(chunk.key)
+            self.books.stall_s += self.residency.counters.stall_s - before
+            try:
+                shape, tokens = self._shapes[chunk.layer]
+                k, v = shape.views(lease.slot, tokens)
+                yield k[:, start:stop], v[:, start:stop]
+            finally:
+                lease.release()
+                self._policy.used(chunk.key)
+            asked = self._fetch(coming, asked)
+
+    def _fetch(self, coming: Sequence[Chunk], at: int) -> int:
+        """Ask for as many of those that come, from number `at` on, as there are slots; returns where it stopped."""
+        while at < len(coming) and self.residency.prefetch(coming[at].key):
+            at += 1
+        return at
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes fetched from disk so far."""
+        return self.residency.counters.fetched
+
+    def _lease(self, chunk: Chunk, lease: Lease) -> None:
+        shape, tokens = self._shapes[chunk.layer]
+        chunk.lease, chunk.views = lease, shape.views(lease.slot, tokens)
+
+    def _release(self, chunk: Chunk) -> None:
+        lease, chunk.lease, chunk.views = chunk.lease, None, None
+        if lease is not None:
+            lease.release()
+            self._policy.used(chunk.key)
+
+
+def slots_for(resident: int, slot_nbytes: int, layers: int, batch: int, capacity: int, tokens: int) -> int:
+    """Slots that `resident` bytes make: at least a chunk to fill per layer and sequence and a ring, at most all."""
+    tails = layers * batch
+    whole = tails * -(-capacity // tokens)
+    return max(min(resident // slot_nbytes, whole), min(tails + LEAST_RING, whole), 1)

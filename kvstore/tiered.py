@@ -1,0 +1,263 @@
+"""The cache whose chunks are in memory, on their way, or on disk: transformers' `Cache`, one layer at a time.
+
+`update` hands back the new keys and values only; attention (`TieredCache.attend`) reads what came before from the
+store, chunk by chunk, and then appends the new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered, partial
+from kvstore.chunks import Chunk, ChunkList, KVShape
+from kvstore.store import ChunkStore, KVBooks
+
+MakeStore = Callable[[KVShape, int], ChunkStore]  # (of the first layer, sequences)
+
+
+class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One attention layer of a `TieredCache`: a list of chunks per sequence."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: TieredCache, number: int, window: int | None) -> None:
+        super().__init__()
+        self._cache = cache
+        self.number = number  # among the tiered layers
+        self.window = window
+        self.is_sliding = window is not None
+        self.rows: list[ChunkList] = []
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # given, and not yet appended
+        self._freed = 0  # chunks at the front of each sequence that the window has left behind
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make an empty sequence for each row of key_states [B, kv heads, n, Dk]."""
+        shape = KVShape.of(key_states, value_states)
+        store = self._cache.store_for(shape, key_states.shape[0])
+        self.rows = [store.new_list(self.number, shape) for _ in range(key_states.shape[0])]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take key_states [B, kv heads, n, Dk], value_states [B, kv heads, n, Dv] of n further tokens, and give them
+        back: attention itself asks for what came before."""
+        self.append_new()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._new = key_states, value_states
+        return key_states, value_states
+
+    @property
+    def past(self) -> int:
+        """Tokens before those given last."""
+        return self.rows[0].length if self.rows else 0
+
+    def append_new(self) -> None:
+        """Write the tokens given last to their chunks."""
+        new, self._new = self._new, None
+        if new is None:
+            return
+        for row, keys, values in zip(self.rows, *new, strict=True):
+            row.append(keys, values)
+        self._leave_behind()
+
+    def _leave_behind(self) -> None:
+        """Chunks out of the window leave memory; they stay on disk, for going back."""
+        if self.window is None or not self.rows:
+            return
+        store, first = self._cache.store, max(0, self.past - self.window + 1) // self.rows[0].tokens
+        for row in self.rows:
+            for chunk in row.chunks[self._freed : first]:
+                if chunk.lease is not None:
+                    store.spill(chunk)
+        self._freed = max(self._freed, first)
+
+    def passing(self) -> Iterator[Chunk]:
+        """The chunks that the next token's attention will have to wait for."""
+        low = 0 if self.window is None else max(0, self.past - self.window + 1)
+        for row in self.rows:
+            for chunk, *_ in row.spans(low, row.length):
+                if chunk.lease is None:
+                    yield chunk
+
+    def read(self, start: int, stop: int, row: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [start, stop) of one sequence: keys [kv heads, n, Dk], values [kv heads, n, Dv], copied."""
+        self.append_new()
+        parts = self._cache.store.reading(list(self.rows[row].spans(start, stop)), ())
+        ((keys, values),) = gathered(parts, stop - start + 1)
+        return keys[0], values[0]
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.past + (self._new[0].shape[2] if self._new is not None else 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys seen by so many further queries, the first one's position)."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No bound of its own."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the number of tokens to take back as a negative number")
+        self.append_new()
+        for row in self.rows:
+            row.crop(max(0, row.length + tokens_to_remove))
+        self._freed = min(self._freed, len(self.rows[0].chunks) if self.rows else 0)
+
+    def reset(self) -> None:
+        """Forget all tokens, and give the memory back."""
+        self._replace([])
+        self._new, self._freed, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row beam_idx[i] is; shared until it changes."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows, in this order; a row may come several times."""
+        self.append_new()
+        if self.rows:
+            chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+            self._replace([self.rows[int(i)].fork() for i in chosen])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self.append_new()
+        self._replace([row.fork() for row in self.rows for _ in range(repeats)])
+
+    def _replace(self, rows: list[ChunkList]) -> None:
+        old, self.rows = self.rows, rows
+        for row in old:
+            row.crop(0)
+
+
+class TieredCache(Cache):  # type: ignore[misc]
+    """A request's cache. `windows[i]` is the window of layer i (None: it sees everything); a layer that is no
+    attention layer comes as transformers' own object instead.
+
+    `make_store` is asked once, when the first layer's shape is known.
+    """
+
+    def __init__(self, layers: Sequence[int | CacheLayerMixin | None], make_store: MakeStore) -> None:
+        made: list[Any] = []
+        self.tiered: list[TieredLayer] = []
+        for layer in layers:
+            if isinstance(layer, CacheLayerMixin) or not (layer is None or isinstance(layer, int)):
+                made.append(layer)
+            else:
+                self.tiered.append(TieredLayer(self, len(self.tiered), layer))
+                made.append(self.tiered[-1])
+        super().__init__(layers=made)
+        self._make_store = make_store
+        self._store: ChunkStore | None = None
+
+    @property
+    def store(self) -> ChunkStore:
+        """Where the chunks are."""
+        assert self._store is not None, "nothing has been given to the cache yet"
+        return self._store
+
+    def store_for(self, shape: KVShape, batch: int) -> ChunkStore:
+        """The store, made now if it must be."""
+        if self._store is None:
+            self._store = self._make_store(shape, batch)
+        return self._store
+
+    @property
+    def books(self) -> KVBooks:
+        """What was moved for this cache."""
+        if self._store is None:
+            return KVBooks()
+        books = self._store.books
+        books.bytes_read = self._store.bytes_read
+        return books
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        for layer in self.tiered:
+            layer.reset()
+
+    def attend(
+        self, layer: TieredLayer | None, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule,
+        pads: Sequence[int], *, sinks: torch.Tensor | None = None, expand: Expand | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """See `attend`; then the new tokens are appended."""
+        out = attend(layer, self, query, keys, values, rule, pads, sinks=sinks, expand=expand)
+        if layer is not None:
+            layer.append_new()
+        return out
+
+
+def attend(
+    layer: TieredLayer | None, cache: TieredCache | None, query: torch.Tensor, keys: torch.Tensor,
+    values: torch.Tensor, rule: Rule, pads: Sequence[int], *, sinks: torch.Tensor | None = None,
+    expand: Expand | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of query [B, heads, Q, D], whose last token is the last of keys [B, kv heads, n, D] and values
+    [B, kv heads, n, Dv], to those and to the `layer`'s past: → [B, Q, heads, Dv] of the type of `query`.
+
+    `pads[b]` positions at the front of sequence b are padding; `sinks` [heads] are scores that belong to no token;
+    `expand` makes keys and values of what the layer keeps.
+    """
+    batch, heads, count, _ = query.shape
+    past = layer.past if layer is not None else 0
+    merged = Merged(batch, heads, count, values.shape[3], query.device)
+    if sinks is not None:
+        merged.lse.copy_(sinks.float()[None, :, None].expand(batch, heads, count))
+    first_key = past
+    first_query = past + keys.shape[2] - count
+    together = max(pads) <= past  # none of the new tokens is padding
+    for row in [slice(None)] if together else [slice(b, b + 1) for b in range(batch)]:
+        # a padding query sees nothing, and nobody asks what becomes of it
+        skip = 0 if together else max(0, pads[row.start] - first_key)
+        if skip >= keys.shape[2]:
+            continue
+        late = max(0, first_key + skip - first_query)
+        parts = blocks(query[row, :, late:], keys[row, :, skip:], values[row, :, skip:],
+                       first_query + late, first_key + skip, rule)  # fmt: skip
+        for at, out, lse in parts:
+            merged.add(out, lse, slice(at.start + late, at.stop + late), row)
+    if past:
+        assert layer is not None and cache is not None
+        _attend_past(layer, cache, merged, query, first_query, past, rule, pads, expand)
+    return merged.out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _attend_past(
+    layer: TieredLayer, cache: TieredCache, merged: Merged, query: torch.Tensor, first_query: int, past: int,
+    rule: Rule, pads: Sequence[int], expand: Expand | None,
+) -> None:  # fmt: skip
+    """What came before: sequence by sequence, chunk by chunk, those of the next layers on their way meanwhile."""
+    for b, row in enumerate(layer.rows):
+        late = max(0, pads[b] - first_query)
+        if late >= query.shape[2]:
+            continue
+        low = pads[b] if rule.window is None else max(pads[b], first_query + late - rule.window + 1)
+        if low >= past:
+            continue
+        mine = query[b : b + 1, :, late:]
+        parts = cache.store.reading(list(row.spans(low, past)), _later(cache, layer, b))
+        for k, v in gathered(parts, BLOCK):
+            here = expand(k, v) if expand is not None else (k, v)
+            for at, out, lse in blocks(mine, *here, first_query + late, low, rule):
+                merged.add(out, lse, slice(at.start + late, at.stop + late), slice(b, b + 1))
+            low += k.shape[2]
+
+
+def _later(cache: TieredCache, layer: TieredLayer, row: int) -> Iterator[Chunk]:
+    """What attention will read after this sequence of this layer, around to the next step's first layer."""
+    for other in layer.rows[row + 1 :]:
+        yield from (c for c in other.chunks if c.lease is None)
+    n = len(cache.tiered)
+    for i in range(1, n):
+        yield from cache.tiered[(layer.number + i) % n].passing()
