@@ -58,6 +58,10 @@ def _loading() -> _Parser:
     run.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16",
                      help="compute in this type (default: the checkpoint's)")  # fmt: skip
     run.add_argument("--context", type=_whole, metavar="N", help="tokens to reserve KV for (default: what fits)")
+    run.add_argument("--kv-resident", metavar="SIZE|PERCENT",
+                     help="keys and values kept in memory, the others on disk (percent: of a request)")  # fmt: skip
+    run.add_argument("--spill-dir", metavar="DIR", help="where they are written (default: the cache folder)")
+    run.add_argument("--disk", metavar="SIZE", help="most bytes written there (default: no limit)")
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")
     run.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link (default: 8GB/s)")
     run.add_argument("--graphs", action="store_true", help="decode with CUDA graphs where weights stay on the device")

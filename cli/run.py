@@ -54,6 +54,7 @@ def _load(args: argparse.Namespace) -> Model:
             context=args.context, threads=args.threads, link=args.link, trace=args.trace, graphs=args.graphs,
             overrides=dict(args.settings), expert_policy=args.expert_policy, expert_depth=args.expert_depth,
             expert_predictor=args.expert_predictor, expert_compute=args.expert_compute,
+            kv_resident=args.kv_resident, spill_dir=args.spill_dir, disk=args.disk,
             record_routing=args.record_routing, replay_routing=getattr(args, "replay_routing", None), progress=progress,
         )  # fmt: skip
 
@@ -135,6 +136,9 @@ def _as_json(result: Any) -> dict[str, Any]:
         "stall_s": stats.total.stall_s,
         "bytes_read": stats.total.bytes_read,
         "bytes_up": stats.total.bytes_up,
+        "bytes_written": stats.total.kv_bytes_written,
+        "kv_bytes_read": stats.total.kv_bytes_read,
+        "kv_bytes_written": stats.total.kv_bytes_written,
         "hit_rate": stats.hit_rate,
         "peak_rss_bytes": stats.peak_rss_bytes,
         "ram_budget_bytes": stats.budget_bytes,

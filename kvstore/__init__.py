@@ -1,11 +1,12 @@
 """Keys and values: in memory with the compute, or over memory and disk. Knows nothing of experts."""
 
 from kvstore.attention import Rule
+from kvstore.chunks import KVShape
 from kvstore.reserved import ReservedLayer, make_cache, rollback
-from kvstore.store import ChunkStore, KVBooks, KVDisk
+from kvstore.store import ChunkStore, KVBooks, KVDisk, chunk_tokens, slots_for
 from kvstore.tiered import TieredCache, TieredLayer, attend
 
 __all__ = [
-    "ChunkStore", "KVBooks", "KVDisk", "ReservedLayer", "Rule", "TieredCache", "TieredLayer", "attend", "make_cache",
-    "rollback",
+    "ChunkStore", "KVBooks", "KVDisk", "KVShape", "ReservedLayer", "Rule", "TieredCache", "TieredLayer", "attend",
+    "chunk_tokens", "make_cache", "rollback", "slots_for",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kvstore.chunks import Chunk, ChunkList, KVShape
+from kvstore.chunks import LEAST_TOKENS, Chunk, ChunkList, KVShape
 from tiers import (
     Arena,
     Block,
@@ -221,6 +221,15 @@ class ChunkStore:
         if lease is not None:
             lease.release()
             self._policy.used(chunk.key)
+
+
+def chunk_tokens(shape: KVShape, capacity: int) -> int:
+    """Tokens of a chunk for sequences of so many: what a disk reads well, and at most an eighth of a sequence, so that
+    the chunks being filled are not most of what is kept."""
+    tokens = shape.chunk_tokens()
+    while tokens > LEAST_TOKENS and tokens * 8 > capacity:
+        tokens //= 2
+    return tokens
 
 
 def slots_for(resident: int, slot_nbytes: int, layers: int, batch: int, capacity: int, tokens: int) -> int:

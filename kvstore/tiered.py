@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered, partial
+from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered
 from kvstore.chunks import Chunk, ChunkList, KVShape
 from kvstore.store import ChunkStore, KVBooks
 

@@ -64,7 +64,7 @@ class Attention:
         sinks = kwargs.get("s_aux")
         layer = None
         if isinstance(self.cache, TieredCache):
-            found = self.cache.layers[module.layer_idx]  # type: ignore[index]
+            found = self.cache.layers[module.layer_idx]
             layer = found if isinstance(found, TieredLayer) else None
         if layer is None:  # the keys are all there are
             pads = [max(0, p) for p in _shifted(seen.pads, self.cache, module, key)]
@@ -75,7 +75,7 @@ class Attention:
 
 def _shifted(pads: list[int], cache: Cache | None, module: nn.Module, key: torch.Tensor) -> list[int]:
     """Padding counted from the first key given: another cache may have dropped what is out of a window."""
-    held = cache.get_seq_length(module.layer_idx) if cache is not None else key.shape[2]  # type: ignore[arg-type]
+    held = cache.get_seq_length(module.layer_idx) if cache is not None else key.shape[2]
     return [p - max(0, held - key.shape[2]) for p in pads]
 
 

@@ -31,6 +31,8 @@ class RunConfig:
     `record_routing`: file to write what routers chose to, when the model is closed (`moe.traces`).
     `replay_routing`: such a file, whose routing is followed in place of the model's own: to measure real routing on
     random weights; what the model says means nothing then.
+    `kv_resident`: keys and values kept in memory, bytes or a percentage of a request's at full length; the others lie
+    on disk, in an unnamed file in `spill_dir` (None: in the cache folder) of at most `disk` bytes.
     """
 
     ram: str | int | None = None
@@ -51,6 +53,9 @@ class RunConfig:
     expert_compute: str = "both"
     record_routing: str | None = None
     replay_routing: str | None = None
+    kv_resident: str | int | None = None
+    spill_dir: str | None = None
+    disk: str | int | None = None
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
@@ -59,6 +64,10 @@ class RunConfig:
         parse_rate(self.link, flag="--link")
         if self.resident is not None:
             parse_size(self.resident, of=1 << 40, flag="--resident")
+        if self.kv_resident is not None:
+            parse_size(self.kv_resident, of=1 << 40, flag="--kv-resident")
+        if self.disk is not None:
+            parse_size(self.disk, flag="--disk")
         if self.device not in DEVICES:
             raise UsageError(f"--device: {self.device!r} is not one of {', '.join(DEVICES)}")
         if self.dtype not in DTYPES:

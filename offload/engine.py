@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from kvstore import make_cache
+from kvstore import TieredCache
 from moe import LayerExperts, grouped, kernels
 from offload import graphs, hardware, hf, launches, native
 from offload.binding import Binder
@@ -28,6 +28,7 @@ from offload.describe import describe
 from offload.embedding import RowReader
 from offload.experts import Experts, views_of
 from offload.hierarchy import Hierarchy, Progress
+from offload.kv import KV
 from offload.layout import ExpertGroup
 from offload.planning import calibration
 from offload.planning.calibration import Calibration
@@ -79,7 +80,9 @@ class Engine:
         self.on_prefill: Progress | None = None  # told of layers done while a prompt is computed
         self._prefilled = self._prefill_total = 0
         self._lock = threading.RLock()
-        self.description = description = describe(folder, config.dtype)
+        description = describe(folder, config.dtype)
+        self.kv = KV(description, config)
+        self.description = description = replace(description, demand=self.kv.demand)
         self.hf_config, self.hf, self.layout = description.config, description.model, description.layout
         assert description.checkpoint is not None
         self.device = make_device(config)
@@ -127,6 +130,8 @@ class Engine:
                 self.layout, self.plan, reader, self.device, self.interrupt.is_set, self.trace, direct,
                 self.experts.policy,
             )  # fmt: skip
+            opened.callback(self.kv.close)
+            self.kv.connect(description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes)
             self._close_files = opened.pop_all().close
         try:
             self._connect()
@@ -191,7 +196,7 @@ class Engine:
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens per sequence."""
-        return make_cache(self.hf_config, capacity)
+        return self.kv.new_cache(capacity)
 
     def close(self) -> None:
         """Stop the workers, close the files, write the trace and the routing. Steps after this raise."""
@@ -210,9 +215,11 @@ class Engine:
         stats = StepStats(tokens=tokens.numel(), sequences=tokens.shape[0])
         counting = self.count_launches and self.device.kind == "cuda"
         with launches.counted(stats) if counting else nullcontext():
-            before = self._memory.books()
+            before = self._books(cache)
             began = time.perf_counter()
             finished = False
+            if self.kv.attention is not None:
+                self.kv.attention.cache = cache
             try:
                 with torch.inference_mode():
                     out = self._forward(input_ids=tokens, past_key_values=cache, **inputs)
@@ -222,9 +229,18 @@ class Engine:
                 if not finished:
                     self._memory.restart()
                 stats.seconds = time.perf_counter() - began
-                for name, value in self._memory.books().items():
+                for name, value in self._books(cache).items():
                     setattr(stats, name, value - before[name])
                 self.steps.append(stats)
+
+    def _books(self, cache: Cache | None) -> dict[str, float]:
+        """Running totals, by the names of `StepStats`' fields."""
+        books = self._memory.books()
+        if isinstance(cache, TieredCache):
+            kv = cache.books
+            books["stall_s"] += kv.stall_s
+            books.update(kv_bytes_read=kv.bytes_read, kv_bytes_written=kv.bytes_written)
+        return books
 
     @contextmanager
     def _computing(self, name: str, stays: int, streamed: Mapping[str, Binder]) -> Iterator[None]:

@@ -35,6 +35,8 @@ class StepStats:
     launches: int = 0  # kernels and graphs the computing thread launched
     syncs: int = 0  # times it waited for the device
     counted: int = 0
+    kv_bytes_read: int = 0  # of `bytes_read`
+    kv_bytes_written: int = 0  # keys and values that were spilled
 
     def __add__(self, other: StepStats) -> StepStats:
         return StepStats(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))

@@ -147,18 +147,19 @@ class Overrides:
 
     `resident_layers` decoder layers stay whole and the others are streamed whole; `lookahead` stream slots lie beyond
     those of the layer in use; `expert_slots` experts are cached where they are computed; `prefill_chunk` tokens of a
-    prompt are computed in one pass.
+    prompt are computed in one pass; `kv_chunk` tokens of keys and values come and go together.
     """
 
     resident_layers: int | None = None
     lookahead: int | None = None
     expert_slots: int | None = None
     prefill_chunk: int | None = None
+    kv_chunk: int | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, int]) -> Overrides:
         """From names and values. Raises `UsageError` for an unknown name or a value below its least."""
-        least = {"resident_layers": 0, "lookahead": 0, "expert_slots": 1, "prefill_chunk": 1}
+        least = {"resident_layers": 0, "lookahead": 0, "expert_slots": 1, "prefill_chunk": 1, "kv_chunk": 1}
         for name, value in settings.items():
             if name not in least:
                 raise UsageError(f"--set {name}: not a choice there is; choices are {', '.join(least)}")
@@ -168,8 +169,8 @@ class Overrides:
 
     @property
     def any(self) -> bool:
-        """Whether anything is set."""
-        return any(getattr(self, f.name) is not None for f in fields(self))
+        """Whether anything about weights is set."""
+        return any(getattr(self, f.name) is not None for f in fields(self) if f.name != "kv_chunk")
 
 
 # seconds a placement is expected to take: (host, device or None, prefill chunk); a cheap bound first, then the real one

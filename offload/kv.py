@@ -1,0 +1,117 @@
+"""A model's keys and values put together: what is reserved for them, where they spill to, who attends.
+
+All in memory, in transformers' own attention, as long as that is what the plan says; else over memory and disk, by
+`kvstore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from transformers.cache_utils import Cache
+
+from kvstore import ChunkStore, KVDisk, KVShape, TieredCache, chunk_tokens, make_cache, slots_for
+from offload import attention, hf
+from offload.attention import Attention
+from offload.config import RunConfig
+from offload.describe import Description
+from offload.planning.placement import Demand
+from offload.sizes import format_size, parse_size
+from tiers import DirectReader, Trace, TransferQueue, UsageError
+from tiers.folders import cache_folder
+
+
+class KV:
+    """Made before the plan, which reserves by its `demand`; connected after; closed with the engine."""
+
+    def __init__(self, description: Description, config: RunConfig) -> None:
+        self._config = config
+        self._hf_config = description.config
+        self._itemsize = description.layout.dtype.itemsize
+        self.tiered = config.kv_resident is not None
+        self.demand = self._tiered_demand(description.demand) if self.tiered else description.demand
+        self.attention: Attention | None = None
+        self._disk: KVDisk | None = None
+        self._interrupted: Callable[[], bool] | None = None
+        self._notes: list[str] = []
+        self._chunk = (config.overrides or {}).get("kv_chunk")
+
+    def connect(
+        self, description: Description, reader: DirectReader, queue: TransferQueue, trace: Trace | None,
+        interrupted: Callable[[], bool], notes: list[str],
+    ) -> None:  # fmt: skip
+        """Open what chunks are spilled to, and have the model attend over it. Raises `UsageError`."""
+        if not self.tiered:
+            return
+        config = self._config
+        folder = Path(config.spill_dir).absolute() if config.spill_dir is not None else cache_folder() / "spill"
+        limit = parse_size(config.disk, flag="--disk") if config.disk is not None else None
+        self._disk = KVDisk(folder, limit, reader, queue, trace)
+        self._interrupted, self._notes = interrupted, notes
+        self.attention = attention.switch(description.model)
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache with room for `capacity` tokens per sequence."""
+        if not self.tiered:
+            return make_cache(self._hf_config, capacity)
+        layers = attention.cache_layers(self._hf_config)
+        count = sum(layer is None or isinstance(layer, int) for layer in layers)
+
+        def make(shape: KVShape, batch: int) -> ChunkStore:
+            assert self._disk is not None and self._config.kv_resident is not None
+            tokens = self._chunk or chunk_tokens(shape, capacity)
+            whole = count * batch * capacity * shape.token_nbytes
+            wanted = parse_size(self._config.kv_resident, of=whole, flag="--kv-resident")
+            store = ChunkStore(
+                self._disk, shape, count, batch, capacity, wanted, tokens=tokens, interrupted=self._interrupted
+            )
+            least = slots_for(0, store.slot_nbytes, count, batch, capacity, tokens)
+            if store.slots == least and store.slots * store.slot_nbytes > wanted:
+                self._notes.append(
+                    f"--kv-resident {self._config.kv_resident} is raised to "
+                    f"{format_size(store.slots * store.slot_nbytes)}, the smallest that works for this request"
+                )
+            return store
+
+        return TieredCache(layers, make)
+
+    def close(self) -> None:
+        """Stop the writers."""
+        if self._disk is not None:
+            self._disk.close()
+
+    def _tiered_demand(self, demand: Demand) -> Demand:
+        """What a cache over tiers reserves: what is to stay, and at least the chunks being filled and a ring.
+
+        The chunks of a request are at most an eighth of it long, so that those being filled are an eighth of all.
+        """
+        layers = hf.kv_layers(self._hf_config, self._itemsize)
+        kinds = [layer is None or isinstance(layer, int) for layer in attention.cache_layers(self._hf_config)]
+        tiered = [y for y, mine in zip(layers, kinds, strict=False) if mine]
+        per_token = sum(y.per_token for y in tiered)
+        states = sum(y.state for y in layers)
+        others = sum(y.per_token for y, mine in zip(layers, kinds, strict=False) if not mine)
+        if not per_token:
+            raise UsageError("--kv-resident: this model keeps no keys and values that could lie anywhere else")
+        asked = self._config.kv_resident
+        assert asked is not None
+
+        def kv(tokens: int) -> int:
+            whole = per_token * tokens
+            wanted = parse_size(asked, of=whole, flag="--kv-resident")
+            ring = 4 << 20
+            return min(max(wanted, whole // 8 + 16 * per_token + ring), whole + ring) + others * tokens + states
+
+        eager = False  # scores are never made
+
+        def activations(new: int, context: int) -> int:
+            return hf.activation_bytes(self._hf_config, new, 0, self._itemsize, eager) + self._blocks(new)
+
+        return replace(demand, kv=kv, activations=activations)
+
+    def _blocks(self, new: int) -> int:
+        """Temporaries of attention over chunks: partial results, and what is gathered of the past."""
+        shape = hf.Shape.of(self._hf_config)
+        return 3 * 4 * new * shape.heads * shape.head_dim + 4 * 1024 * shape.heads * shape.head_dim * 4
