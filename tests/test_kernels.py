@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import moe.experts
 import offload
+from kvstore.softmax import AttentionState, attend
 from moe import kernels
 from moe.kernels import Kernel, Matrices, load_from, matrices
 from offload import hf, native
@@ -452,6 +454,191 @@ def test_who_attends(kernel: Kernel) -> None:
     assert len(asked) == 3, "the kernel keeps nothing for a gradient"
 
 
+# attention to chunks
+
+
+def chunked(k: torch.Tensor, v: torch.Tensor, sizes: list[int]) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Parts of each sequence of k [B, kv heads, L, D] and v in turn, `sizes` tokens each, each a copy of its own."""
+    parts, start = [], 0
+    for n in sizes:
+        for b in range(k.size(0)):
+            parts.append((b, *(t[b, :, start : start + n].contiguous() for t in (k, v))))
+        start += n
+    assert start == k.size(2)
+    return parts
+
+
+def added(kernel: Kernel, q: torch.Tensor, parts: Any, scale: float, softcap: float | None = None) -> AttentionState:
+    state = AttentionState.empty(q.size(0), q.size(1), parts[0][2].size(2))
+    assert kernel.attend_chunks(q, parts, state.largest, state.total, state.mixed, scale, softcap)
+    return state
+
+
+def exact(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [B, heads, 1, Dv] and log-sum-exp [B, heads], in float64."""
+    k, v = (t.double().repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    scores = q.double() @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)[..., 0]
+
+
+def same(one: AttentionState, other: AttentionState) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("largest", "total", "mixed"))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "out"),
+    [(1, 1, 8, 8), (4, 1, 33, 33), (8, 2, 64, 48), (6, 2, 70, 17), (3, 3, 128, 128), (32, 2, 24, 256)],
+)
+def test_chunks(kernel: Kernel, heads: int, kv_heads: int, width: int, out: int, dtype: torch.dtype) -> None:
+    sizes = ([1], [5, 0, 1], [64, 64], [63, 1, 65, 7], [100, 100, 33], [256, 3, 64, 16])
+    for softcap, held_in in itertools.product((None, 4.0), sizes):
+        q, k, v = held(heads, kv_heads, sum(held_in), width, out, dtype, batch=2)
+        want, want_lse = exact(q, k, v, 0.3, softcap)
+        parts = chunked(k, v, held_in)
+        for level in kernel.levels:
+            state = added(kernel.at(level, 1), q, parts, 0.3, softcap)
+            got, lse = state.result()
+            assert got.shape == (2, heads, 1, out) and got.dtype is torch.float32
+            assert error(got, want) < 4e-6, (level, held_in)  # of bfloat16 too: what comes out is not rounded
+            assert (lse - want_lse).abs().max() < 1e-5 * (1 + want_lse.abs().max())
+            for cut in range(len(parts)):  # as they arrive
+                some = added(kernel.at(level, 2), q, parts[: cut + 1], 0.3, softcap)
+                for part in parts[cut + 1 :]:
+                    assert kernel.at(level).attend_chunks(q, [part], some.largest, some.total, some.mixed, 0.3, softcap)
+                assert same(some, state), "nothing shows how the parts are divided among calls"
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_chunks_are_what_one_piece_is(kernel: Kernel, dtype: torch.dtype) -> None:
+    """With chunks of whole blocks the order of summation is that of one piece; in a slot too, with room behind."""
+    q, k, v = held(6, 2, 64 * 5 + 9, 40, 24, dtype)
+    for level in kernel.levels:
+        at = kernel.at(level)
+        whole = at.attention(q, k, v, 0.7)
+        assert whole is not None
+        views = [(0, k[0, :, i : i + 64], v[0, :, i : i + 64]) for i in range(0, k.size(2), 64)]
+        for parts in (views, chunked(k, v, [128, 64, 128, 9])):
+            out, _ = added(at, q, parts, 0.7).result()
+            assert torch.equal(out.transpose(1, 2).to(dtype), whole)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_chunks_enough_for_all_threads(kernel: Kernel, dtype: torch.dtype) -> None:
+    q, k, v = held(8, 4, 3000, 64, 64, dtype, batch=3)
+    parts = chunked(k, v, [256] * 11 + [184])
+    parts.reverse()
+    for level in kernel.levels:
+        alone = added(kernel.at(level, 1), q, parts, 0.2)
+        assert error(alone.result()[0], exact(q, k, v, 0.2, None)[0]) < 1e-5
+        for threads in (2, 3, 7):
+            assert same(added(kernel.at(level, threads), q, parts, 0.2), alone)
+
+
+def test_chunks_elsewhere(kernel: Kernel) -> None:
+    """Some tokens by the kernel, some by torch, in any order, and a part of none."""
+    for dtype, softcap in itertools.product(TYPES, (None, 2.0)):
+        q, k, v = held(6, 2, 300, 32, 16, dtype, batch=2)
+        want, want_lse = exact(q, k, v, 0.4, softcap)
+        mine = chunked(k[:, :, :100], v[:, :, :100], [64, 36])
+        theirs = [attend(q, k[:, :, i:j], v[:, :, i:j], 0.4, softcap) for i, j in ((100, 101), (101, 300))]
+        later = AttentionState.empty(2, 6, 16)
+        later.merge(torch.full((2, 6, 1, 16), torch.nan), torch.full((2, 6), -torch.inf))
+        assert not later.total.any() and (later.result()[0] == 0).all() and (later.result()[1] == -torch.inf).all()
+        for out, lse in theirs:
+            later.merge(out, lse)
+        assert kernel.attend_chunks(q, mine, later.largest, later.total, later.mixed, 0.4, softcap)
+        first = added(kernel, q, mine, 0.4, softcap)
+        for out, lse in theirs:
+            first.merge(out, lse)
+        tolerance = 1e-5 if dtype is torch.float32 else 2e-2  # torch rounds the scores of bfloat16
+        for state in (first, later):
+            out, lse = state.result()
+            assert error(out, want) < tolerance
+            assert (lse - want_lse).abs().max() < tolerance * (1 + want_lse.abs().max())
+
+
+def test_chunks_of_scores_of_every_size(kernel: Kernel) -> None:
+    """Between -cap and cap with a cap, also where tanh is 1; a part that is no number makes the rest none."""
+    for dtype, level in itertools.product(TYPES, kernel.levels):
+        at = kernel.at(level)
+        q, k, v = held(2, 1, 200, 16, 16, dtype)
+        for factor, softcap in itertools.product((0.0, 1e-3, 1.0, 40.0, -3000.0), (None, 30.0)):
+            grown = (k.float() * torch.linspace(0, factor, 200)[:, None]).to(dtype)
+            state = added(at, q, chunked(grown, v, [64, 60, 76]), 1.0, softcap)
+            want, want_lse = exact(q, grown, v, 1.0, softcap)
+            out, lse = state.result()
+            near = 1e-4 if softcap is None and abs(factor) > 100 else 2e-5
+            assert error(out, want) < near * max(1, abs(factor) / 100), (factor, softcap)
+            assert torch.allclose(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+        k[0, 0, 70, 5] = torch.nan
+        for softcap in (None, 30.0):
+            assert added(at, q, chunked(k, v, [64, 60, 76]), 1.0, softcap).result()[0].isnan().all()
+
+
+def test_chunks_leave_the_rest_to_torch(kernel: Kernel) -> None:
+    q, k, v = held(4, 2, 10, 8, 8, torch.float32)
+    state = AttentionState.empty(1, 4, 8)
+    sums = state.largest, state.total, state.mixed
+
+    def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+        good = (0, torch.ones(2, 3, 8), torch.ones(2, 3, 8))
+        return kernel.attend_chunks(q, [good, (0, k, v)], *sums, 1.0)
+
+    assert kernel.attend_chunks(q, [], *sums, 1.0)
+    assert kernel.attend_chunks(q, [(0, k[0, :, :0], v[0, :, :0])], *sums, 1.0)
+    for query, keys, values in (
+        (q, k[0, :1], v[0, :1]),
+        (q, k[0, :, :9], v[0]),
+        (q, k[0, ..., :4], v[0]),
+        (q, k[0], v[0, ..., :4]),
+        (q, k[0, ..., ::2].repeat(1, 1, 2), v[0].half()),
+        (q, k[0].bfloat16(), v[0].bfloat16()),
+        (q, torch.zeros(2, 10, 16)[..., ::2], v[0]),
+        (q, k[0].to("meta"), v[0]),
+        (q.half(), k[0].half(), v[0].half()),
+        (q.expand(1, 4, 2, 8), k[0], v[0]),
+        (q[:, :3], k[0], v[0]),
+    ):
+        assert not takes(query, keys, values)
+    assert (state.largest == -torch.inf).all() and not state.total.any() and not state.mixed.any(), "nothing is added"
+    assert takes(q, k[0], v[0])
+    wide = AttentionState.empty(1, 2, 257)
+    part = (0, torch.ones(2, 3, 8), torch.ones(2, 3, 257))
+    assert not kernel.attend_chunks(q[:, :2], [part], wide.largest, wide.total, wide.mixed, 1.0)
+    many = AttentionState.empty(1, 34, 8)
+    assert not kernel.attend_chunks(torch.ones(1, 34, 1, 8), [(0, k[0], v[0])], *vars(many).values(), 1.0)
+
+
+def test_tables_that_make_no_sense(kernel: Kernel) -> None:
+    q, k, v = held(4, 2, 10, 8, 8, torch.float32, batch=2)
+    state = AttentionState.empty(2, 4, 8)
+    strides = (*k.stride()[1:3], *v.stride()[1:3])
+    good = (1, k[1].data_ptr(), v[1].data_ptr(), 10)
+
+    def add(*rows: int, softcap: float | None = None) -> bool:
+        sums = state.largest, state.total, state.mixed
+        return kernel.attend_table(q, array("q", rows), strides, 2, *sums, 1.0, softcap)
+
+    for bad in ((2, *good[1:]), (-1, *good[1:]), (*good[:3], -1)):
+        with pytest.raises(ValueError, match="a part"):
+            add(*good, *bad)
+    with pytest.raises(ValueError, match="four"):
+        add(*good, 0)
+    for softcap in (0.0, -1.0):
+        with pytest.raises(ValueError, match="cap"):
+            add(*good, softcap=softcap)
+    assert (state.largest == -torch.inf).all() and not state.total.any()
+    assert add(*good)
+    out, _ = state.result()
+    assert error(out[1:], exact(q[1:], k[1:], v[1:], 1.0, None)[0]) < 1e-5
+    assert (out[0] == 0).all() and (state.largest[0] == -torch.inf).all(), "a sequence without parts stays as it was"
+
+
 # what it does not depend on
 
 
@@ -689,8 +876,12 @@ def test_wrong_results_are_found_at_once(kernel: Kernel, tmp_path: Path, monkeyp
     monkeypatch.setattr(kernels, "HEADER", Path(copies[-1]))
     for name, right, wrong in (
         ("dots.c", "g / (1.0f + exponential(-z))", "g / (1.1f + exponential(-z))"),
-        ("kernels.h", "#define ABI 3 ", "#define ABI 9 "),
+        ("kernels.h", "#define ABI 4 ", "#define ABI 9 "),
         ("linear.c", "+ row * j->size : NULL", ": NULL"),
+        ("attention.c", "shrink = expf(before - s->largest[g])", "shrink = 1"),
+        ("attention.c", "m[i] /= s.total[g]", "m[i] /= 1"),
+        ("attention.c", "next == part ? 0 : next[3]);", "0), i++;"),
+        ("dots.c", "s[r] = cap * (", "s[r] = 2 * ("),
     ):
         source = tmp_path / name
         text = source.read_text()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -35,7 +36,7 @@ HEADER = Path(__file__).with_name("kernels.h")
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")  # of instructions, as numbered in the C files
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
-_ABI = 3
+_ABI = 4
 _COMPILE_S = 120
 _MAX_BYTES = 16 << 20
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -91,6 +92,8 @@ class Kernel:
         self._linear.argtypes = [ctypes.c_int, ctypes.c_int, *[ctypes.c_void_p] * 5]
         self._attention = library.offload_attention
         self._attention.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_float, *[ctypes.c_void_p] * 4]
+        self._attend = library.offload_attend
+        self._attend.argtypes = [*[ctypes.c_int] * 2, ctypes.c_void_p, *[ctypes.c_float] * 2, *[ctypes.c_void_p] * 5]
         best = library.offload_level()
         self.level = LEVELS.index(level) if level is not None else best
         if self.level > best:
@@ -251,6 +254,99 @@ class Kernel:
             raise MemoryError("no memory for the queries of a layer")
         return out
 
+    def attend_table(
+        self,
+        query: torch.Tensor,
+        table: array[int],
+        strides: tuple[int, int, int, int],
+        kv_heads: int,
+        largest: torch.Tensor,
+        total: torch.Tensor,
+        mixed: torch.Tensor,
+        scale: float,
+        softcap: float | None = None,
+    ) -> bool:
+        """Attention of one token per sequence to parts of what is held, added to what is carried along in place.
+
+        query [B, heads, 1, D]. table ("q"): for each part four numbers, its sequence, the addresses of its keys
+        [kv heads, n, D] and values [kv heads, n, Dv], both of the query's type, and n; strides: elements from head to
+        head and token to token of keys, then of values, the elements of a token in one piece. A score is
+        `scale`·query·key, or with `softcap` c: c·tanh(score / c).
+
+        largest [B, heads], total [B, heads], mixed [B, heads, Dv], all contiguous float32: the largest score so far
+        (-inf before the first part), Σ e^(score - largest), Σ e^(score - largest)·value. Attention is mixed / total.
+        What they come to depends on the parts of a sequence and their order, not on how the parts are divided among
+        calls, nor on the number of threads.
+
+        False if the kernel cannot do it (type, shape): nothing has been added then. Releases the GIL. Raises
+        `ValueError` for a table that makes no sense, as far as can be seen without reading memory; `MemoryError`.
+        """
+        kind = _TYPES.get(query.dtype)
+        if kind is None or not query.is_cpu or query.dim() != 4 or query.size(2) != 1 or query.stride(3) != 1:
+            return False
+        batch, heads, _, width = query.shape
+        out_width = mixed.size(-1)
+        if not kv_heads or heads % kv_heads or heads // kv_heads > 16 or out_width > 256:
+            return False
+        sums = (largest, total, mixed)
+        assert largest.shape == total.shape == (batch, heads) and mixed.shape == (batch, heads, out_width)
+        assert all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in sums)
+        if table.typecode != "q" or len(table) % 4 or not (softcap is None or softcap > 0):
+            raise ValueError("a table of parts has four 64-bit numbers for each, and a soft cap is above zero")
+        if not table or not query.numel():
+            return True
+        sizes = array("q", (kind, batch, heads, kv_heads, len(table) // 4, width, out_width))
+        sizes.extend((*query.stride()[:2], *strides))
+        failed = self._attend(
+            self.level,
+            self.threads or torch.get_num_threads(),
+            sizes.buffer_info()[0],
+            scale,
+            softcap or 0.0,
+            query.data_ptr(),
+            table.buffer_info()[0],
+            largest.data_ptr(),
+            total.data_ptr(),
+            mixed.data_ptr(),
+        )
+        if failed > 0:
+            raise ValueError(f"a part has less than no tokens, or is of a sequence that is not one of {batch}")
+        if failed:
+            raise MemoryError("no memory for the queries of a layer")
+        return True
+
+    def attend_chunks(
+        self,
+        query: torch.Tensor,
+        parts: Sequence[tuple[int, torch.Tensor, torch.Tensor]],
+        largest: torch.Tensor,
+        total: torch.Tensor,
+        mixed: torch.Tensor,
+        scale: float,
+        softcap: float | None = None,
+    ) -> bool:
+        """`attend_table` for parts given as (sequence, keys [kv heads, n, D], values [kv heads, n, Dv]).
+
+        Parts without tokens add nothing. Neighbours that lie alike (the same strides) are one call.
+        """
+        parts = [part for part in parts if part[1].numel()]
+        if not parts:
+            return True
+        kv_heads, width, out_width = parts[0][1].size(0), query.size(-1), mixed.size(-1)
+        for _, k, v in parts:
+            n = k.size(1)
+            alike = k.dtype is v.dtype is query.dtype and k.is_cpu and v.is_cpu
+            shapes = k.shape == (kv_heads, n, width) and v.shape == (kv_heads, n, out_width)
+            if not (alike and shapes and k.stride(2) == v.stride(2) == 1):
+                return False
+        for strides, run in itertools.groupby(parts, lambda part: (*part[1].stride()[:2], *part[2].stride()[:2])):
+            table = array("q")
+            for row, k, v in run:
+                table.extend((row, k.data_ptr(), v.data_ptr(), k.size(1)))
+            if not self.attend_table(query, table, strides, kv_heads, largest, total, mixed, scale, softcap):
+                return False  # the first already: what is left to check does not depend on the parts
+        return True
+
 
 _loaded: dict[Path, Kernel | None] = {}  # by cache folder: each is tried once
 
@@ -316,7 +412,7 @@ def _compile(path: Path, compilers: Sequence[str]) -> None:
 
 
 def _correct(kernel: Kernel) -> bool:
-    """Whether a compiler new to us made something that computes: one small expert, a linear layer, in both types."""
+    """Whether a compiler new to us made something that computes: each call once, small, in both types."""
     hidden, inner = 40, 24
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         values = ((torch.arange(3 * inner * hidden) * 7919 % 1000) / 1000 - 0.3).to(dtype)
@@ -331,7 +427,22 @@ def _correct(kernel: Kernel) -> bool:
         want = (torch.nn.functional.silu(gate) * up) @ down.double().t()
         product = kernel.linear(x, down.t().contiguous(), down[:inner, 0].contiguous())
         wanted = x.double() @ down.double() + down[:inner, 0].double()
-        for a, b in ((out, want), (product, wanted)):
+        attended, wanted_too = _attended(kernel, values)
+        for a, b in ((out, want), (product, wanted), (attended, wanted_too)):
             if a is None or not (a.double() - b).abs().max() <= tolerance * b.abs().max():
                 return False
     return True
+
+
+def _attended(kernel: Kernel, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Attention by both calls, of 4 heads to 70 tokens, in two parts and capped by the second; and what it is to be."""
+    query, key, value = values[:80].view(1, 4, 1, 20), values.view(1, 2, 72, 20)[:, :, :70], values.flip(0)
+    value = value.view(1, 2, 72, 20)[:, :, 2:]
+    whole = kernel.attention(query, key, value, 2.0)
+    largest, total, mixed = torch.full((1, 4), -torch.inf), torch.zeros(1, 4), torch.zeros(1, 4, 20)
+    parts = [(0, key[0, :, i:j], value[0, :, i:j]) for i, j in ((66, 70), (0, 66))]
+    in_parts = kernel.attend_chunks(query, parts, largest, total, mixed, 2.0, softcap=3.0)
+    scores = (query.double().view(1, 2, 2, 20) @ key.double().transpose(-1, -2)).view(1, 4, 70) * 2
+    wanted = [s.softmax(-1).view(1, 2, 2, 70) @ value.double() for s in (scores, 3 * (scores / 3).tanh())]
+    got = torch.cat([whole.view(-1), (mixed / total[..., None]).view(-1)]) if whole is not None and in_parts else None
+    return got, torch.cat([w.view(-1) for w in wanted])

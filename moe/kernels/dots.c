@@ -75,6 +75,20 @@ INLINE void stored_all(const float *sums, int rows, const void *bias, int type, 
             ((bf16 *)out)[r] = narrow(bias ? sums[r] + widen(((const bf16 *)bias)[r]) : sums[r]);
 }
 
+/* tanh within a few ulps, near zero too (Cephes' tanhf) */
+INLINE void capped_all(float *s, int rows, float scale, float cap) {
+    for (int r = 0; r < rows; r++) {
+        float x = s[r] * scale, z = x * x;
+        float p = -5.70498872745e-3f;
+        p = p * z + 2.06390887954e-2f;
+        p = p * z - 5.37397155531e-2f;
+        p = p * z + 1.33314422036e-1f;
+        p = p * z - 3.33332819422e-1f;
+        float near = p * z * x + x, far = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+        s[r] = cap * (z < 0.390625f ? near : far); /* 0.625² */
+    }
+}
+
 INLINE float softened_all(float *s, int rows, float scale, float *largest) {
     float lane[16], sum[16] = {0}, most = *largest;
     for (int r = rows; r < ROWS; r++)
@@ -152,6 +166,9 @@ INLINE void mixed_all(const float *p, const void *v, int64_t stride, int rows, i
     }                                                                                                                  \
     attribute static void stored_##level(const float *sums, int rows, const void *bias, int type, void *out) {         \
         stored_all(sums, rows, bias, type, out);                                                                       \
+    }                                                                                                                  \
+    attribute static void capped_##level(float *s, int rows, float scale, float cap) {                                 \
+        capped_all(s, rows, scale, cap);                                                                               \
     }                                                                                                                  \
     attribute static float softened_##level(float *s, int rows, float scale, float *largest) {                         \
         return softened_all(s, rows, scale, largest);                                                                  \
@@ -329,12 +346,16 @@ ELEMENTWISE(dpbf16, 1, T_DPBF16)
 
 #endif
 
+#define LEVEL(dots_f32, dots_bf16, level, narrowed)                                                                    \
+    {{dots_f32, dots_bf16}, gated_##level, scaled_##level, stored_##level, capped_##level, softened_##level,           \
+     mixed_##level, narrowed}
+
 const Level levels[] = {
-    {{dots_plain_f32, dots_plain_bf16}, gated_plain, scaled_plain, stored_plain, softened_plain, mixed_plain, 0},
+    LEVEL(dots_plain_f32, dots_plain_bf16, plain, 0),
 #if X86
-    {{dots_avx2_f32, dots_avx2_bf16}, gated_avx2, scaled_avx2, stored_avx2, softened_avx2, mixed_avx2, 0},
-    {{dots_avx512_f32, dots_avx512_bf16}, gated_avx512, scaled_avx512, stored_avx512, softened_avx512, mixed_avx512, 0},
-    {{dots_avx512_f32, dots_dpbf16}, gated_dpbf16, scaled_dpbf16, stored_dpbf16, softened_dpbf16, mixed_dpbf16, 1},
+    LEVEL(dots_avx2_f32, dots_avx2_bf16, avx2, 0),
+    LEVEL(dots_avx512_f32, dots_avx512_bf16, avx512, 0),
+    LEVEL(dots_avx512_f32, dots_dpbf16, dpbf16, 1),
 #endif
 };
 

@@ -17,7 +17,7 @@
 #define PAUSE() ((void)0)
 #endif
 
-#define ABI 3          /* raised with every change to what Python calls */
+#define ABI 4          /* raised with every change to what Python calls */
 #define TOKENS 16      /* tokens computed from one reading of a block */
 #define MOST 4         /* rows computed together; rows of a block are a multiple of it */
 #define ROWS 64        /* most rows of a block */
@@ -57,6 +57,8 @@ typedef void gated_fn(const float *gate, const float *up, int rows, int act, int
 typedef void scaled_fn(const float *sums, int rows, float weight, int type, void *out);
 /* out[r] = sums[r] + bias[r], rounded; `bias` may be NULL. */
 typedef void stored_fn(const float *sums, int rows, const void *bias, int type, void *out);
+/* s[r] = cap · tanh(s[r] · scale) for `rows` ≤ ROWS. */
+typedef void capped_fn(float *s, int rows, float scale, float cap);
 /* s[r] = e^(s[r] · scale - largest) for `rows` ≤ ROWS; `largest` is raised first; returns their sum. */
 typedef float softened_fn(float *s, int rows, float scale, float *largest);
 /* sums[t * k + i] += p[t * ROWS + r] · v[r, i] over all rows. */
@@ -68,6 +70,7 @@ typedef struct {
     gated_fn *gated;
     scaled_fn *scaled;
     stored_fn *stored;
+    capped_fn *capped;
     softened_fn *softened;
     mixed_fn *mixed;
     int narrowed; /* bfloat16 inputs stay bfloat16; otherwise they are widened first */
