@@ -64,7 +64,7 @@ class Chunk:
     `stay`. Others come and go.
     """
 
-    __slots__ = ("key", "layer", "lease", "offset", "owners", "stays", "views")
+    __slots__ = ("address", "key", "layer", "lease", "offset", "owners", "stays", "views")
 
     def __init__(self, key: str, layer: int) -> None:
         self.key = key
@@ -74,6 +74,7 @@ class Chunk:
         self.offset: int | None = None  # in the spill file, once it has been written
         self.lease: Lease | None = None
         self.views: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.address = (0, 0)  # of the keys and the values, while there are views
 
 
 class Store(Protocol):

@@ -121,6 +121,10 @@ class ChunkStore:
             self._shapes[layer] = shape, min(self.tokens, self.slot_nbytes // shape.token_nbytes)
         return ChunkList(self, layer, self._shapes[layer][1])
 
+    def shape_of(self, layer: int) -> KVShape:
+        """What the layer keeps of a token. Raises `KeyError` for one that keeps nothing yet."""
+        return self._shapes[layer][0]
+
     # what lists ask for
 
     def create(self, layer: int) -> Chunk:
@@ -214,7 +218,8 @@ class ChunkStore:
 
     def _lease(self, chunk: Chunk, lease: Lease) -> None:
         shape, tokens = self._shapes[chunk.layer]
-        chunk.lease, chunk.views = lease, shape.views(lease.slot, tokens)
+        k, v = chunk.views = shape.views(lease.slot, tokens)
+        chunk.lease, chunk.address = lease, (k.data_ptr(), v.data_ptr())
 
     def _release(self, chunk: Chunk) -> None:
         lease, chunk.lease, chunk.views = chunk.lease, None, None

@@ -1,7 +1,7 @@
 """The cache whose chunks are in memory, on their way, or on disk: transformers' `Cache`, one layer at a time.
 
-`update` hands back the new keys and values only; attention (`TieredCache.attend`) reads what came before from the
-store, chunk by chunk, and then appends the new.
+`update` hands back the new keys and values only; attention (`kvstore.attend`) reads what came before from the store,
+chunk by chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered
+from kvstore.attention import gathered
 from kvstore.chunks import Chunk, ChunkList, KVShape
 from kvstore.store import ChunkStore, KVBooks
 
@@ -186,78 +186,3 @@ class TieredCache(Cache):  # type: ignore[misc]
         """Give memory and disk back."""
         for layer in self.tiered:
             layer.reset()
-
-    def attend(
-        self, layer: TieredLayer | None, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule,
-        pads: Sequence[int], *, sinks: torch.Tensor | None = None, expand: Expand | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """See `attend`; then the new tokens are appended."""
-        out = attend(layer, self, query, keys, values, rule, pads, sinks=sinks, expand=expand)
-        if layer is not None:
-            layer.append_new()
-        return out
-
-
-def attend(
-    layer: TieredLayer | None, cache: TieredCache | None, query: torch.Tensor, keys: torch.Tensor,
-    values: torch.Tensor, rule: Rule, pads: Sequence[int], *, sinks: torch.Tensor | None = None,
-    expand: Expand | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Attention of query [B, heads, Q, D], whose last token is the last of keys [B, kv heads, n, D] and values
-    [B, kv heads, n, Dv], to those and to the `layer`'s past: → [B, Q, heads, Dv] of the type of `query`.
-
-    `pads[b]` positions at the front of sequence b are padding; `sinks` [heads] are scores that belong to no token;
-    `expand` makes keys and values of what the layer keeps.
-    """
-    batch, heads, count, _ = query.shape
-    past = layer.past if layer is not None else 0
-    merged = Merged(batch, heads, count, values.shape[3], query.device)
-    if sinks is not None:
-        merged.lse.copy_(sinks.float()[None, :, None].expand(batch, heads, count))
-    first_key = past
-    first_query = past + keys.shape[2] - count
-    together = max(pads) <= past  # none of the new tokens is padding
-    for row in [slice(None)] if together else [slice(b, b + 1) for b in range(batch)]:
-        # a padding query sees nothing, and nobody asks what becomes of it
-        skip = 0 if together else max(0, pads[row.start] - first_key)
-        if skip >= keys.shape[2]:
-            continue
-        late = max(0, first_key + skip - first_query)
-        parts = blocks(query[row, :, late:], keys[row, :, skip:], values[row, :, skip:],
-                       first_query + late, first_key + skip, rule)  # fmt: skip
-        for at, out, lse in parts:
-            merged.add(out, lse, slice(at.start + late, at.stop + late), row)
-    if past:
-        assert layer is not None and cache is not None
-        _attend_past(layer, cache, merged, query, first_query, past, rule, pads, expand)
-    return merged.out.to(query.dtype).transpose(1, 2).contiguous()
-
-
-def _attend_past(
-    layer: TieredLayer, cache: TieredCache, merged: Merged, query: torch.Tensor, first_query: int, past: int,
-    rule: Rule, pads: Sequence[int], expand: Expand | None,
-) -> None:  # fmt: skip
-    """What came before: sequence by sequence, chunk by chunk, those of the next layers on their way meanwhile."""
-    for b, row in enumerate(layer.rows):
-        late = max(0, pads[b] - first_query)
-        if late >= query.shape[2]:
-            continue
-        low = pads[b] if rule.window is None else max(pads[b], first_query + late - rule.window + 1)
-        if low >= past:
-            continue
-        mine = query[b : b + 1, :, late:]
-        parts = cache.store.reading(list(row.spans(low, past)), _later(cache, layer, b))
-        for k, v in gathered(parts, BLOCK):
-            here = expand(k, v) if expand is not None else (k, v)
-            for at, out, lse in blocks(mine, *here, first_query + late, low, rule):
-                merged.add(out, lse, slice(at.start + late, at.stop + late), slice(b, b + 1))
-            low += k.shape[2]
-
-
-def _later(cache: TieredCache, layer: TieredLayer, row: int) -> Iterator[Chunk]:
-    """What attention will read after this sequence of this layer, around to the next step's first layer."""
-    for other in layer.rows[row + 1 :]:
-        yield from (c for c in other.chunks if c.lease is None)
-    n = len(cache.tiered)
-    for i in range(1, n):
-        yield from cache.tiered[(layer.number + i) % n].passing()

@@ -15,7 +15,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvstore import Rule, TieredCache, TieredLayer, attend
+from kvstore import FewTokens, Rule, TieredCache, TieredLayer, attend
 from tiers import ModelError
 
 NAME = "offload_tiers"  # the attention implementation that a switched model names
@@ -50,8 +50,10 @@ def _seen_by(
 class Attention:
     """Attention of one model, over the cache of the pass under way (`cache`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, few: FewTokens | None = None) -> None:
+        """`few`: a kernel for one token per sequence."""
         self.cache: Cache | None = None
+        self._few = few
 
     def __call__(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
@@ -70,7 +72,7 @@ class Attention:
             pads = [max(0, p) for p in _shifted(seen.pads, self.cache, module, key)]
             return attend(None, None, query, key, value, rule, pads, sinks=sinks)
         assert isinstance(self.cache, TieredCache)
-        return self.cache.attend(layer, query, key, value, rule, seen.pads, sinks=sinks, expand=expand)
+        return attend(self.cache, layer, query, key, value, rule, seen.pads, sinks=sinks, expand=expand, few=self._few)
 
 
 def _shifted(pads: list[int], cache: Cache | None, module: nn.Module, key: torch.Tensor) -> list[int]:
@@ -79,9 +81,9 @@ def _shifted(pads: list[int], cache: Cache | None, module: nn.Module, key: torch
     return [p - max(0, held - key.shape[2]) for p in pads]
 
 
-def switch(model: PreTrainedModel) -> Attention:
+def switch(model: PreTrainedModel, few: FewTokens | None = None) -> Attention:
     """Make every attention of `model` ask the `Attention` returned."""
-    attention = Attention()
+    attention = Attention(few)
     for module in model.modules():
         module.__dict__["offload_tiers"] = attention
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():

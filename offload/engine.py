@@ -131,7 +131,10 @@ class Engine:
                 self.experts.policy,
             )  # fmt: skip
             opened.callback(self.kv.close)
-            self.kv.connect(description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes)
+            self.kv.connect(
+                description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes,
+                self.device.torch_device,
+            )  # fmt: skip
             self._close_files = opened.pop_all().close
         try:
             self._connect()

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers.cache_utils import Cache
 
 from kvstore import ChunkStore, KVDisk, KVShape, TieredCache, chunk_tokens, make_cache, slots_for
+from moe import kernels
 from offload import attention, hf
 from offload.attention import Attention
 from offload.config import RunConfig
@@ -40,7 +42,7 @@ class KV:
 
     def connect(
         self, description: Description, reader: DirectReader, queue: TransferQueue, trace: Trace | None,
-        interrupted: Callable[[], bool], notes: list[str],
+        interrupted: Callable[[], bool], notes: list[str], device: torch.device,
     ) -> None:  # fmt: skip
         """Open what chunks are spilled to, and have the model attend over it. Raises `UsageError`."""
         if not self.tiered:
@@ -50,7 +52,8 @@ class KV:
         limit = parse_size(config.disk, flag="--disk") if config.disk is not None else None
         self._disk = KVDisk(folder, limit, reader, queue, trace)
         self._interrupted, self._notes = interrupted, notes
-        self.attention = attention.switch(description.model)
+        kernel = kernels.load() if device.type == "cpu" else None
+        self.attention = attention.switch(description.model, kernel.attend_table if kernel is not None else None)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens per sequence."""
