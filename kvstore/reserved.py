@@ -2,8 +2,8 @@
 
 transformers' `DynamicLayer` concatenates at every step, which copies the layer's whole KV and doubles it for a
 moment. Here a layer reserves address space for `capacity` tokens once; pages become resident as tokens are written,
-so the memory used is exactly the tokens held. Sliding-window and recurrent layers keep transformers' own classes:
-their state is bounded by the window.
+so the memory used is exactly the tokens held. Sliding-window and recurrent layers are transformers' own: their state is
+bounded.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvstore.tiered import TieredLayer
+from kvstore.windows import WindowLayer
 
 
 class ReservedLayer(DynamicLayer):  # type: ignore[misc]
@@ -67,8 +68,14 @@ class ReservedLayer(DynamicLayer):  # type: ignore[misc]
 def make_cache(config: Any, capacity: int) -> Cache:
     """A transformers cache for one request: full-attention layers reserve `capacity` tokens each."""
     cache = DynamicCache(config=config)
-    cache.layers = [ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [_ours(layer, capacity) for layer in cache.layers]
     return cache
+
+
+def _ours(layer: Any, capacity: int) -> Any:
+    if type(layer) is DynamicSlidingWindowLayer:
+        return WindowLayer(layer.sliding_window)
+    return ReservedLayer(capacity) if type(layer) is DynamicLayer else layer
 
 
 def rollback(cache: Cache, length: int) -> bool:
