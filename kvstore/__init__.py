@@ -1,5 +1,11 @@
-"""Keys and values: for now in memory, with the compute. Knows nothing of experts."""
+"""Keys and values: in memory with the compute, and on disk as a tree of prefixes. Knows nothing of experts."""
 
+from kvstore.nodes import NODE_TOKENS, Layer, Segment
+from kvstore.prefixes import Match, PrefixStore, Pruned
 from kvstore.reserved import ReservedLayer, make_cache, rollback
+from kvstore.sessions import Session, Sessions, Summary, mismatch
 
-__all__ = ["ReservedLayer", "make_cache", "rollback"]
+__all__ = [
+    "NODE_TOKENS", "Layer", "Match", "PrefixStore", "Pruned", "ReservedLayer", "Segment", "Session", "Sessions",
+    "Summary", "make_cache", "mismatch", "rollback",
+]  # fmt: skip
