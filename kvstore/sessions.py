@@ -85,6 +85,13 @@ class Sessions:
             raise DamagedError(f"{path}: {e.strerror or e}") from None
         return _decode(raw, name, path)
 
+    def get(self, name: str) -> Session:
+        """The conversation. Raises `GoneError` if there is none of that name, `DamagedError`, `UsageError`."""
+        session = self.load(name)
+        if session is None:
+            raise _absent(name)
+        return session
+
     def save(self, session: Session) -> None:
         """Write it, durably and whole; sets its times. Raises `StoreFull`, `StoreError`: what was there stays."""
         path = self._path(session.name)
@@ -125,9 +132,7 @@ class Sessions:
             os.unlink(path)
             sync_folder(self.folder)
         except FileNotFoundError:
-            raise GoneError(
-                f"there is no conversation {name!r}; `offload sessions list` shows those that are"
-            ) from None
+            raise _absent(name) from None
         except OSError as e:
             raise explained(e, self.folder) from None
 
@@ -191,6 +196,10 @@ def mismatch(session: Session, fingerprint: str, arithmetic: str, model: str) ->
             "options, or another --session"
         )
     return None
+
+
+def _absent(name: str) -> GoneError:
+    return GoneError(f"there is no conversation {name!r}; `offload sessions list` shows those there are")
 
 
 def _decode(raw: bytes, name: str, path: Path) -> Session:
