@@ -160,7 +160,30 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link")
     profile.add_argument("--fresh", action="store_true", help="measure again")
     profile.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    _sessions(commands)
     return parser
+
+
+def _sessions(commands: argparse._SubParsersAction[_Parser]) -> None:
+    sessions = commands.add_parser(
+        "sessions", allow_abbrev=False, help="list, show and remove conversations",
+        description="Conversations are kept with the keys and values of what was said, so that they go on at once.",
+    )  # fmt: skip
+    actions = sessions.add_subparsers(dest="action", metavar="list|show|rm|prune", parser_class=_Parser, required=True)
+    for action, says in (
+        ("list", "all of them, those used last first"),
+        ("show", "what was said in one"),
+        ("rm", "forget one; the next prune frees what only it needed"),
+        ("prune", "free keys and values that no conversation needs, or with --limit the least recently used of them"),
+    ):
+        parser = actions.add_parser(action, allow_abbrev=False, help=says, description=says[0].upper() + says[1:] + ".")
+        if action in ("show", "rm"):
+            parser.add_argument("name", metavar="NAME")
+        if action == "prune":
+            parser.add_argument(
+                "--limit", metavar="SIZE", help="stop when no more than this is left (default: free all)"
+            )
+        parser.add_argument("--json", action="store_true", help="print JSON on standard output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,8 @@ def command(args: argparse.Namespace) -> int:
     """Dispatch, and turn errors into one line and an exit code."""
     _quiet_libraries()
     try:
-        commands = {"chat": _chat, "generate": _generate, "plan": _plan, "bench": _bench, "profile": _profile}
+        commands = {"chat": _chat, "generate": _generate, "plan": _plan, "bench": _bench, "profile": _profile,
+                    "sessions": _sessions}  # fmt: skip
         return commands[args.command](args)
     except Interrupted:
         print("offload: interrupted", file=sys.stderr)
@@ -261,3 +262,9 @@ def _profile(args: argparse.Namespace) -> int:
     for note in p.notes:
         print(f"({note})")
     return 0
+
+
+def _sessions(args: argparse.Namespace) -> int:
+    from cli.sessions import command
+
+    return command(args)
