@@ -41,7 +41,7 @@ def _setting(text: str) -> tuple[str, int]:
 
 def _settings(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--set", action="append", type=_setting, default=[], metavar="NAME=N", dest="settings",
-                        help="choose by hand: resident_layers, lookahead, expert_slots, prefill_chunk")  # fmt: skip
+                        help="by hand: resident_layers, lookahead, expert_slots, prefill_chunk, kv_chunk")  # fmt: skip
 
 
 def _loading() -> _Parser:
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk to a model. Ctrl-C stops an answer; at the prompt it leaves.",
     )  # fmt: skip
     chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--session", metavar="NAME", help="keep the conversation under this name, and go on with it")
     generate = commands.add_parser(
         "generate", parents=[common], allow_abbrev=False, help="continue one prompt", description="Continue one prompt."
     )
@@ -112,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text; may be repeated")
     generate.add_argument("--num-beams", type=_whole, default=1, metavar="N", help="beam search")
+    generate.add_argument("--session", metavar="NAME", help="keep what is computed, and read what any session has")
+    generate.add_argument("--prefix-cache", action="store_true",
+                          help="read the front of the prompt that is stored, and store what is computed")  # fmt: skip
     generate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     plan = commands.add_parser(
         "plan", allow_abbrev=False, help="what would live where, and how fast it would be",

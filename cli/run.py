@@ -105,6 +105,8 @@ def _generate(args: argparse.Namespace) -> int:
             stop=args.stop,
             num_beams=args.num_beams,
             on_text=(lambda piece: print(piece, end="", flush=True)) if stream else None,
+            session=args.session,
+            prefix_cache=args.prefix_cache,
             **_sampling(args),
         )
         for note in result.notes:
@@ -125,6 +127,8 @@ def _as_json(result: Any) -> dict[str, Any]:
         "text": result.text[0],
         "finish_reason": result.finish[0],
         "prompt_tokens": stats.prompt_tokens,
+        "prefill_tokens": stats.prompt_tokens - stats.reused_tokens,
+        "reused_tokens": stats.reused_tokens,
         "new_tokens": stats.new_tokens,
         "load_s": stats.load_s,
         "ttft_s": stats.ttft_s,
@@ -173,7 +177,7 @@ def _chat(args: argparse.Namespace) -> int:
     from cli.chat import talk
 
     with _load(args) as model:
-        return talk(model, args.system, _sampling(args), _interruptible)
+        return talk(model, args.system, args.session, _sampling(args), _interruptible)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -106,6 +106,17 @@ class Sessions:
             temporary.write([raw])
             temporary.commit(path.name)
 
+    def set_aside(self, name: str) -> Path:
+        """Give a damaged conversation's file another name, so that a new one can take its place; returns that."""
+        path = self._path(name)
+        aside = path.with_suffix(f".damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}")
+        try:
+            os.rename(path, aside)
+            sync_folder(self.folder)
+        except OSError as e:
+            raise explained(e, self.folder) from None
+        return aside
+
     def list(self) -> Sequence[Summary]:
         """All conversations, those used last first; damaged ones too."""
         found = []

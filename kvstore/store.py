@@ -113,6 +113,7 @@ class ChunkStore:
         # the last chunk of a sequence is a tail anyway
         self._may_stay = [each + (n < rest) for n in range(layers)]
         self._numbers = itertools.count()
+        self._extents: dict[str, tuple[int, int]] = {}  # of the spill file: offset and bytes
         self.books = KVBooks()
 
     def new_list(self, layer: int, shape: KVShape) -> ChunkList:
@@ -160,6 +161,7 @@ class ChunkStore:
         nbytes = self.residency.nbytes(chunk.key)
         if chunk.offset is None:
             chunk.offset = self._disk.file.allocate(nbytes)
+            self._extents[chunk.key] = chunk.offset, nbytes
         if self.residency.spill(chunk.key, (Segment(self._disk.number, chunk.offset, nbytes, 0, None, True),)):
             self.books.bytes_written += nbytes
         self._release(chunk)
@@ -169,12 +171,10 @@ class ChunkStore:
         if chunk.stays:
             self._may_stay[chunk.layer] += 1
         self._release(chunk)
-        if chunk.offset is not None:
-            nbytes = self.residency.nbytes(chunk.key)
-            self.residency.remove(chunk.key)
-            self._disk.file.free(chunk.offset, nbytes)
-        else:
-            self.residency.remove(chunk.key)
+        self.residency.remove(chunk.key)
+        extent = self._extents.pop(chunk.key, None)
+        if extent is not None:
+            self._disk.file.free(*extent)
 
     # attention
 
@@ -210,6 +210,13 @@ class ChunkStore:
         while at < len(coming) and self.residency.prefetch(coming[at].key):
             at += 1
         return at
+
+    def close(self) -> None:
+        """Give all memory and disk back; the store is of no use after this."""
+        self.residency.abandon()
+        for offset, nbytes in self._extents.values():
+            self._disk.file.free(offset, nbytes)
+        self._extents.clear()
 
     @property
     def bytes_read(self) -> int:

@@ -6,7 +6,9 @@ chunk by chunk.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -160,6 +162,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         super().__init__(layers=made)
         self._make_store = make_store
         self._store: ChunkStore | None = None
+        self._seen = KVBooks()
 
     @property
     def store(self) -> ChunkStore:
@@ -182,7 +185,21 @@ class TieredCache(Cache):  # type: ignore[misc]
         books.bytes_read = self._store.bytes_read
         return books
 
+    def unseen(self) -> KVBooks:
+        """What was moved since this was asked last."""
+        now, then = self.books, self._seen
+        self._seen = replace(now)
+        return KVBooks(*(getattr(now, f.name) - getattr(then, f.name) for f in fields(KVBooks)))
+
     def close(self) -> None:
-        """Give memory and disk back."""
+        """Give memory and disk back; the cache is empty then."""
+        store, self._store = self._store, None
         for layer in self.tiered:
+            layer.rows = []
             layer.reset()
+        if store is not None:
+            store.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the interpreter's end anything may be gone already
+            self.close()

@@ -40,7 +40,8 @@ class History:
         self.store = store
         self.cache: Cache | None = None
         self.tokens: list[int] = []
-        self.head: str | None = None  # the last node stored
+        self.head: str | None = None  # the last node stored, and
+        self.stored: list[int] = []  # the tokens up to its end
         self.reused = 0
         self.read_s = 0.0
         self.notes: list[str] = []
@@ -158,10 +159,11 @@ class History:
 
         try:
             self.head = self.store.extend(self.tokens[:length], take)
+            self.stored = self.tokens[:length]
             self._keep_windows()
             self.on_stored()
         except IndexError:
-            self.notes.append("what has left a layer's window is not stored: a longer front of this was freed meanwhile")
+            self.notes.append("what has left a layer's window is not stored: its front was freed meanwhile")
         except (StoreError, GoneError, DamagedError) as e:
             self.notes.append(f"nothing more is stored: {e}")
             self.store = None

@@ -33,6 +33,6 @@ __all__ = [
     "CheckpointError", "Codec", "Counters", "CpuDevice", "CudaDevice", "DamagedError", "Device", "DirectReader",
     "EmulatedDevice", "EvictionPolicy", "GoneError", "Interrupted", "KvikioReader", "Lease", "Meter", "ModelError",
     "Move", "NextUse", "OffloadError", "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "SpillFile",
-    "SpillLink", "StoreError", "StoreFull", "Ticket", "Trace", "TransferQueue", "UpLink", "UsageError", "page_down", "page_up",
-    "readable_directly",
+    "SpillLink", "StoreError", "StoreFull", "Ticket", "Trace", "TransferQueue", "UpLink", "UsageError", "page_down",
+    "page_up", "readable_directly",
 ]  # fmt: skip

@@ -327,6 +327,15 @@ class Residency:
                     self._queue.cancel(entry.ticket)
                     self._forget(entry, entry.ticket)
 
+    def abandon(self) -> None:
+        """Nothing here is wanted any more: end what is under way, both ways. The caller uses no slot after this."""
+        with self._lock:
+            for entry in self._entries.values():
+                for ticket, queue in ((entry.ticket, self._queue), (entry.spilling, self._down)):
+                    if ticket is not None and not ticket.done and queue is not None:
+                        queue.cancel(ticket)
+            self._entries.clear()
+
     def blocks(self) -> Iterable[Block]:
         """All registered blocks."""
         return [e.block for e in self._entries.values()]
