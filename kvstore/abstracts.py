@@ -76,6 +76,8 @@ class Abstracts:
             raise ValueError(f"keys {tuple(keys.shape)}: need [{self.kv_heads}, chunks, n > 0, {self.key_dim}]")
         if not 0 <= first <= self._n:
             raise ValueError(f"chunk {first} cannot follow {self._n} chunks")
+        if chunks == 0:
+            return
         end = first + chunks
         self._reserve(end)
         box = torch.cat((keys.amax(2), -keys.amin(2)), dim=-1).float()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvstore.abstracts import Abstracts
-from kvstore.search import Search, top
+from kvstore.search import PLAIN, Search, top
 from tiers import UsageError
 
 
@@ -117,6 +117,7 @@ class Bounds(Recent):
     def __init__(self, sinks: int = 1, recent: int = 2) -> None:
         super().__init__(sinks, recent)
         self.looked_at = 0  # abstracts, since the beginning
+        self._vain: dict[int, tuple[int, int]] = {}  # layer → (searches to score all chunks in, next time so many)
 
     def _best(self, layer: LayerView, query: Tensor, scale: float, count: int, first: int, last: int) -> list[int]:
         abstracts = _abstracts(layer)
@@ -124,7 +125,16 @@ class Bounds(Recent):
         if len(unknown) == count:
             return unknown
         search = Search(abstracts, query, scale)
-        best: list[int] = search.best(count - len(unknown), first, min(last, len(abstracts))).tolist()
+        last = min(last, len(abstracts))
+        wait, penalty = self._vain.get(layer.number, (0, 1))
+        plain = wait > 0 or last - first <= PLAIN
+        best: list[int] = search.best(count - len(unknown), first, last, plain).tolist()
+        if search.told_little:  # the layer's keys are not of that kind: seldom tried again, the result is the same
+            self._vain[layer.number] = (penalty, min(2 * penalty, 64))
+        elif plain:
+            self._vain[layer.number] = (max(wait - 1, 0), penalty)
+        else:
+            self._vain.pop(layer.number, None)
         self.looked_at += search.looked_at
         return [*best, *unknown]
 
