@@ -140,7 +140,7 @@ class Abstracts:
         if entries.dtype == torch.float32:
             # entries first: with as few rows as a group has heads, many entries go twice as fast this way round
             return torch.matmul(entries, q.transpose(1, 2)).transpose(1, 2)
-        pieces = entries.split(_AT_ONCE, dim=1)
+        pieces = torch.split(entries, _AT_ONCE, dim=1)
         return torch.cat([torch.matmul(q, p.float().transpose(1, 2)) for p in pieces], dim=-1)
 
     def _refresh(self) -> None:
@@ -172,7 +172,9 @@ class Abstracts:
         if self._means:
             self._means[0] = _roomy(self._means[0], chunks)
         if chunks > len(self._tokens):
-            self._tokens = torch.cat((self._tokens, self._tokens.new_zeros(self._boxes[0].shape[1] - len(self._tokens))))
+            self._tokens = torch.cat(
+                (self._tokens, self._tokens.new_zeros(self._boxes[0].shape[1] - len(self._tokens)))
+            )
 
     def _empty(self, room: int, dim: int) -> Tensor:
         return torch.empty(self.kv_heads, room, dim, dtype=self.dtype, device=self.device)
@@ -193,7 +195,8 @@ def _in_fours(children: Tensor, pad: float) -> Tensor:
     missing = -children.shape[1] % FAN
     if missing:
         children = torch.nn.functional.pad(children, (0, 0, 0, missing), value=pad)
-    return children.unflatten(1, (-1, FAN))
+    heads, entries, dim = children.shape
+    return children.reshape(heads, entries // FAN, FAN, dim)  # a view: groups lie next to each other
 
 
 def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -141,6 +141,18 @@ def test_any_history_leaves_what_a_fresh_start_would(
             torch.testing.assert_close(one.landmarks(query, 0.5, level), fresh.landmarks(query, 0.5, level))
 
 
+@pytest.mark.parametrize("chunks", [64, 65, 67, 97])
+def test_a_group_that_lost_children_forgets_them(chunks: int) -> None:
+    all_chunks = random_chunks(8, [2] * 100)
+    a, query = filled(all_chunks), torch.randn(2, 8)
+    a.bounds(query, 1.0, level=1)
+    a.truncate(chunks)
+    fresh = filled(all_chunks[:chunks])
+    for level in range(1, len(fresh.levels)):
+        torch.testing.assert_close(a.bounds(query, 1.0, level), fresh.bounds(query, 1.0, level))
+        torch.testing.assert_close(a.landmarks(query, 1.0, level), fresh.landmarks(query, 1.0, level))
+
+
 def test_a_copy_goes_its_own_way() -> None:
     chunks = random_chunks(5, [4] * 30)
     a = filled(chunks)

@@ -188,7 +188,9 @@ def test_coarse_to_fine_finds_what_scoring_all_finds(
     if topics:
         subjects = 3 * torch.randn(KV, chunks // 16 + 1, 1, DIM, generator=g)
         keys = 0.2 * keys + subjects.repeat_interleave(16, dim=1)[:, :chunks]
-    query = torch.randn(HEADS, DIM, generator=g) + (keys[:, chunks // 2, 0].repeat_interleave(2, dim=0) if topics else 0)
+    query = torch.randn(HEADS, DIM, generator=g) + (
+        keys[:, chunks // 2, 0].repeat_interleave(2, dim=0) if topics else 0
+    )
     a = Abstracts(KV, DIM)
     a.set_many(0, keys)
     last = chunks - recent
@@ -199,6 +201,24 @@ def test_coarse_to_fine_finds_what_scoring_all_finds(
         scores = Search(a, query, SCALE).all()
         torch.testing.assert_close(scores[fine], scores[plain], rtol=1e-5, atol=1e-5)
         assert len(set(fine) ^ set(plain)) == 2
+
+
+def test_coarse_to_fine_passes_over_no_group_that_holds_one_of_the_best() -> None:
+    """Many searches that do pass over most groups, the best chunks being spread over several of these."""
+    passed_over = 0
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        subjects = torch.randn(KV, 64, 1, DIM, generator=g)
+        keys = 0.1 * torch.randn(KV, 1024, 2, DIM, generator=g) + subjects.repeat_interleave(16, dim=1)
+        query = 2 * torch.randn(HEADS, DIM, generator=g)
+        a = Abstracts(KV, DIM)
+        a.set_many(0, keys)
+        fine, plain = Search(a, query, SCALE), Search(a, query, SCALE)
+        for count in (5, 40, 100):
+            found = fine.best(count, 1, 1022, plain=False).tolist()
+            assert set(found) == set(plain.best(count, 1, 1022, plain=True).tolist())
+        passed_over += not fine.told_little
+    assert passed_over >= 20
 
 
 def test_coarse_to_fine_looks_at_few_where_neighbours_are_alike() -> None:
