@@ -55,6 +55,7 @@ class Search:
             return torch.empty(0, dtype=torch.long)
         if plain is None:
             plain = last - first <= PLAIN
+        plain = plain or self._top == 0  # all have been scored for the norms
         candidates = torch.arange(first, last) if plain else self._unbeaten(count, first, last)
         if len(candidates) == last - first:
             return first + top(self.all()[first:last], count)
