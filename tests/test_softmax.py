@@ -64,10 +64,18 @@ def test_results_merge_like_parts() -> None:
 
 
 def test_nothing() -> None:
+    """Of no tokens come zeros; and it adds nothing, whatever it says its attention is."""
+    q, k, v = tensors()
+    nothing = torch.full((2, HEADS, 1, OUT), torch.nan), torch.full((2, HEADS), -torch.inf)
     state = AttentionState.empty(2, HEADS, OUT)
-    state.merge(torch.full((2, HEADS, 1, OUT), torch.nan), torch.full((2, HEADS), -torch.inf))
+    state.merge(*nothing)
     out, lse = state.result()
     assert (out == 0).all() and (lse == -torch.inf).all()
+    state.merge(*attend(q, k, v, 1.0))
+    before = state.result()
+    state.merge(*nothing)
+    assert all(torch.equal(now, was) for now, was in zip(state.result(), before, strict=True))
+    assert (before[0] != 0).all()
 
 
 def test_what_is_no_number_stays_none() -> None:
