@@ -8,7 +8,7 @@ what is left.
 A group is coded as x ≈ low + step·code with 0 ≤ code < 2^bits. `low` and `step` are float16, rounded outwards so that
 the codes always reach from the smallest to the largest element: then no element is off by more than step / 2 (but for
 the rounding of float32 and of the type that is put out). bfloat16 would reach further, but its lows are up to 1/128 of
-a channel's offset too low, and the step wider for it; so measured, errors were 0.3 to 2 % larger.
+a channel's offset too low, and the step wider for it; so measured, rms errors were 0.3 to 2 % larger.
 
 What cannot be coded, infinite, no number or too large for a float16 low and step, is refused with a `ValueError`: such
 a chunk is kept by the codec "none", bit for bit. Lows and steps take room: a chunk of one token (in 8 bits: of
