@@ -35,7 +35,9 @@ CONTEXTS = (512, 1024, 2048, 4096)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where the code is told, as a share of the context
 CONTINUED = 48  # tokens of dialogue that are compared to the full cache's
 POLICIES = ("oracle", "bounds", "landmarks", "blend", "h2o", "snapkv", "recent")
-COLOURS = dict(zip(POLICIES, ("#555555", "#3b7dd8", "#2a9d6f", "#8a5bd0", "#d98a2b", "#c04f8f", "#d0453b"), strict=True))
+COLOURS = dict(
+    zip(POLICIES, ("#555555", "#3b7dd8", "#2a9d6f", "#8a5bd0", "#d98a2b", "#c04f8f", "#d0453b"), strict=True)
+)
 
 
 @dataclass(frozen=True)
@@ -219,12 +221,16 @@ def _fed(hf: Any, cache: Any, prompt: Sequence[int], after: Sequence[int]) -> li
     out = []
     with torch.inference_mode():
         for tokens in ([list(prompt)] if prompt else []) + [[t] for t in after[:-1]]:
-            logits = hf(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = hf(
+                input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
             out.append(int(logits[0, -1].argmax()))
     return out
 
 
-def score(asked: Sequence[Question], full: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def score(
+    asked: Sequence[Question], full: Sequence[Sequence[int]], got: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
     """Per context: recall of the recall questions, agreement with `full` on the text."""
     rows = []
     for context in sorted({q.context for q in asked}):
@@ -349,7 +355,9 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         raise BenchError(f"--policies {','.join(sorted(unknown))}: there are {', '.join(POLICIES)}")
     asked = questions(AutoTokenizer.from_pretrained(args.model), [int(c) for c in args.contexts.split(",")], args.each)
-    full, rows = measure(args.model, args.runner, asked, policies, [float(b) for b in args.budgets.split(",")], args.chunk)
+    full, rows = measure(
+        args.model, args.runner, asked, policies, [float(b) for b in args.budgets.split(",")], args.chunk
+    )
     result = {
         "kind": "sparse", "name": "sparse", "date": today(), "machine": machine(), "model": args.model.name,
         "runner": args.runner, "chunk_tokens": args.chunk if args.runner == "reference" else None,

@@ -60,6 +60,9 @@ def _loading() -> _Parser:
     run.add_argument("--context", type=_whole, metavar="N", help="tokens to reserve KV for (default: what fits)")
     run.add_argument("--kv-resident", metavar="SIZE|PERCENT",
                      help="keys and values kept in memory, the others on disk (percent: of a request)")  # fmt: skip
+    run.add_argument("--kv-budget", metavar="N|PERCENT",
+                     help="sparse attention, not exact: a new token attends to so many tokens")  # fmt: skip
+    run.add_argument("--kv-policy", default="bounds", metavar="NAME", help="who chooses them (default: bounds)")
     run.add_argument("--spill-dir", metavar="DIR", help="where they are written (default: the cache folder)")
     run.add_argument("--disk", metavar="SIZE", help="most bytes written there (default: no limit)")
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")

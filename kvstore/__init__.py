@@ -10,6 +10,7 @@ from kvstore.nodes import NODE_TOKENS, Layer, Segment
 from kvstore.prefixes import Match, PrefixStore, Pruned
 from kvstore.reserved import ReservedLayer, make_cache, rollback
 from kvstore.sessions import Session, Sessions, Summary, mismatch
+from kvstore.sparse import SparseOptions
 from kvstore.states import Snapshot
 from kvstore.store import ChunkStore, KVBooks, KVDisk, chunk_tokens, slots_for
 from kvstore.tiered import TieredCache, TieredLayer
@@ -17,6 +18,7 @@ from kvstore.windows import WindowLayer
 
 __all__ = [
     "NODE_TOKENS", "ChunkStore", "FewTokens", "KVBooks", "KVDisk", "KVShape", "Layer", "Match", "PrefixStore",
-    "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions", "Snapshot", "Summary", "TieredCache",
-    "TieredLayer", "WindowLayer", "attend", "chunk_tokens", "make_cache", "mismatch", "rollback", "slots_for",
+    "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions", "Snapshot", "SparseOptions", "Summary",
+    "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens", "make_cache", "mismatch", "rollback",
+    "slots_for",
 ]  # fmt: skip

@@ -6,15 +6,18 @@ it lies; a prompt by blocks.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 
-from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered
-from kvstore.chunks import Chunk, ChunkList
+from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered, partial
+from kvstore.chunks import Chunk
 from kvstore.softmax import AttentionState
+from kvstore.sparse import OBSERVED, share_out
+from kvstore.store import Span
 from kvstore.tiered import TieredCache, TieredLayer
 
 
@@ -42,12 +45,18 @@ def attend(
     """
     if cache is None or layer is None:
         return _by_blocks(None, None, query, keys, values, rule, pads, sinks, expand)
-    if few is not None and query.shape[2] == 1 and expand is None:
-        out = _token(cache, layer, query, rule, pads, sinks, few)
+    sparse = layer.rows[0].sparse
+    if query.shape[2] == 1 and expand is None:
+        measured = sparse is not None and sparse.selector.needs_mass
+        out = _token(cache, layer, query, rule, pads, sinks, few) if few is not None and not measured else None
+        if out is None and sparse is not None:
+            out = _chosen(cache, layer, query, rule, pads, sinks)
         if out is not None:
             return out
     out = _by_blocks(cache, layer, query, keys, values, rule, pads, sinks, expand)
     layer.append_new()
+    if sparse is not None and query.shape[2] > 1 and cache.prompt_ends:
+        _observe(cache, layer, query, rule)
     return out
 
 
@@ -64,31 +73,85 @@ def _token(
     carried = state.largest, state.total, state.mixed
     tokens = layer.rows[0].tokens
     strides = (tokens * shape.key_dim, shape.key_dim, tokens * shape.value_dim, shape.value_dim)
-    step = shape.key_dim * shape.dtype.itemsize, shape.value_dim * shape.dtype.itemsize
+    # those that stay first, of all sequences at once; what comes and goes in its own order, whenever it arrives:
+    # sums depend on the order and not on how it is divided
     table = array("q")
-    away: list[list[tuple[Chunk, int, int]]] = []
+    away: list[list[Span]] = []
     for b, row in enumerate(layer.rows):
-        passing = []
-        for span in row.spans(_first_seen(row, pads[b], length - 1, rule), length):
-            chunk, start, stop = span
-            if chunk.views is None:
-                passing.append(span)
-                continue
-            k, v = chunk.address
-            table.extend((b, k + start * step[0], v + start * step[1], stop - start))
-        away.append(passing)
+        low = _first_seen(pads[b], length - 1, rule)
+        chosen = row.sparse.choose(length, query[b, :, 0], rule.scale) if row.sparse is not None else None
+        spans = list(row.spans(low, length, chosen))
+        stay = [s for s in spans if s[0].lease is not None] if chosen is None else []
+        for k, v, n in cache.store.located(stay):
+            table.extend((b, k, v, n))
+        away.append([s for s in spans if s[0].lease is None] if chosen is None else spans)
     if not few(query, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
         return None
     for b, passing in enumerate(away):
-        for keys, values in cache.store.reading(passing, later(cache, layer, b)):
-            one = array("q", (b, keys.data_ptr(), values.data_ptr(), keys.shape[1]))
-            few(query, one, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
+        for run in cache.store.addresses(passing, later(cache, layer, b)):
+            part = array("q", [x for k, v, n in run for x in (b, k, v, n)])
+            few(query, part, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
     if sinks is not None:
         state.merge(torch.zeros(batch, heads, 1, shape.value_dim), sinks.float().expand(batch, heads))
     return state.result()[0].to(query.dtype).transpose(1, 2)
 
 
-def _first_seen(row: ChunkList, pad: int, query: int, rule: Rule) -> int:
+def _chosen(
+    cache: TieredCache, layer: TieredLayer, query: torch.Tensor, rule: Rule, pads: Sequence[int],
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """One token per sequence over the chunks chosen, in plain torch; tells the selector where attention fell."""
+    batch, heads, _, _ = query.shape
+    layer.append_new()
+    length = layer.past
+    state = AttentionState.empty(batch, heads, cache.store.shape_of(layer.number).value_dim, query.device)
+    if sinks is not None:
+        state.merge(torch.zeros_like(state.mixed)[:, :, None], sinks.float().expand(batch, heads))
+    for b, row in enumerate(layer.rows):
+        assert row.sparse is not None
+        row.sparse.view.mass = functools.partial(_true_mass, cache, layer, b, rule)
+        chosen = row.sparse.choose(length, query[b, :, 0], rule.scale)
+        spans = list(row.spans(_first_seen(pads[b], length - 1, rule), length, chosen))
+        mine = AttentionState(*(t[b : b + 1] for t in (state.largest, state.total, state.mixed)))
+        found = []
+        for k, v in cache.store.reading(spans, later(cache, layer, b)):
+            out, lse = partial(query[b : b + 1], k[None].to(query.device), v[None].to(query.device), rule)
+            mine.merge(out, lse[..., 0])
+            found.append(lse[0, :, 0])
+        mass = (torch.stack(found, 1) - mine.result()[1][0, :, None]).exp()
+        first = len(chosen) - len(spans)  # chunks of padding alone are chosen, and seen by nobody
+        row.sparse.selector.attended(row.sparse.view, chosen[first:], mass.cpu())
+    return state.result()[0].to(query.dtype).transpose(1, 2)
+
+
+def _true_mass(
+    cache: TieredCache, layer: TieredLayer, b: int, rule: Rule, query: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The share of each head's attention that falls on every chunk, for query [heads, D]: [heads, chunks]."""
+    return _mass(cache, layer, b, query[None, :, None], rule)
+
+
+def _mass(cache: TieredCache, layer: TieredLayer, b: int, query: torch.Tensor, rule: Rule) -> torch.Tensor:
+    row = layer.rows[b]
+    spans = list(row.spans(0, row.length))
+    parts = [
+        partial(query, k[None].to(query.device), v[None].to(query.device), rule)[1][0]
+        for k, v in cache.store.reading(spans, ())
+    ]
+    return torch.stack(parts, -1).softmax(-1).mean(1).cpu()
+
+
+def _observe(cache: TieredCache, layer: TieredLayer, query: torch.Tensor, rule: Rule) -> None:
+    """Measure where the prompt's last queries look; when all layers have, they share their budget out by it."""
+    last = query[:, :, -OBSERVED:]
+    for b, row in enumerate(layer.rows):
+        if row.sparse is not None:
+            row.sparse.observed(_mass(cache, layer, b, last[b : b + 1], rule))
+    for b in range(len(layer.rows)):
+        share_out([y.rows[b].sparse for y in cache.tiered if y.rows and y.rows[b].sparse is not None])  # type: ignore[misc]
+
+
+def _first_seen(pad: int, query: int, rule: Rule) -> int:
     """The first position that the query at position `query` sees; at least that of the query itself."""
     low = pad if rule.window is None else max(pad, query - rule.window + 1)
     return min(low, query)

@@ -250,6 +250,8 @@ class PromptWindow(Recent):
 class Oracle(Recent):
     """By the attention that full attention would give: what a policy can reach at most. Needs `LayerView.mass`."""
 
+    needs_mass = True
+
     def _best(self, layer: LayerView, query: Tensor, scale: float, count: int, first: int, last: int) -> list[int]:
         if layer.mass is None:
             raise ValueError("the oracle needs a layer that tells the true attention (LayerView.mass)")

@@ -16,14 +16,17 @@ from pathlib import Path
 
 import torch
 
-from kvstore.chunks import LEAST_TOKENS, Chunk, ChunkList, KVShape
+from kvstore.chunks import LEAST_TOKENS, MOST_TOKENS, Chunk, ChunkList, KVShape
+from kvstore.sparse import SparseOptions, SparseRow
 from tiers import (
+    LRU,
     Arena,
     Block,
     DirectReader,
     Lease,
     Residency,
     Segment,
+    Slot,
     SpillFile,
     SpillLink,
     Trace,
@@ -33,7 +36,12 @@ from tiers import (
 WRITERS = 2  # writes in flight: the disk's queue is for reads
 RING = 8  # slots that chunks pass through: as many reads in flight as a disk needs
 LEAST_RING = 2  # one being attended to, one on its way
+SPARSE_TOKENS = 32
+_RUN = 64  # most chunks attended to in one call
 _POOL = "kv"
+
+
+Span = tuple[Chunk, int, int]  # a chunk, and which of its tokens
 
 
 class KVDisk:
@@ -76,6 +84,13 @@ class ScanPolicy:
         return next((k for k in self._used if evictable(k)), None)
 
 
+class Chosen(LRU):
+    """Chunks that are attended to if they are chosen: the one not chosen for longest goes first."""
+
+    def used(self, key: str) -> None:
+        """Being wanted is what counts, and that has been told."""
+
+
 @dataclass(slots=True)
 class KVBooks:
     """Bytes read from and written to disk, and seconds waited for them."""
@@ -95,6 +110,7 @@ class ChunkStore:
     def __init__(
         self, disk: KVDisk, shape: KVShape, layers: int, batch: int, capacity: int, resident: int,
         *, tokens: int | None = None, interrupted: Callable[[], bool] | None = None,
+        sparse: SparseOptions | None = None,
     ) -> None:  # fmt: skip
         self._disk = disk
         self.tokens = tokens or shape.chunk_tokens()
@@ -102,25 +118,32 @@ class ChunkStore:
         self.slots = slots_for(resident, self.slot_nbytes, layers, batch, capacity, self.tokens)
         self._shapes: dict[int, tuple[KVShape, int]] = {}  # by layer: and tokens of a chunk
         self._arena = Arena(self.slots * self.slot_nbytes)
-        self._policy = ScanPolicy()
+        self.sparse = sparse
+        self._policy = ScanPolicy() if sparse is None else Chosen()
         self.residency = Residency(self._arena, disk.read, down=disk.write)
         self.residency.interrupted = interrupted
         self.residency.add_pool(_POOL, self.slot_nbytes, self.slots, self._policy)
         tails = layers * batch
         whole = tails * -(-capacity // self.tokens)
         ring = 0 if self.slots >= whole else min(RING, max(LEAST_RING, (self.slots - tails) // 2))
-        each, rest = divmod(max(0, self.slots - tails - ring), layers)
-        # the last chunk of a sequence is a tail anyway
+        self._run = max(1, ring // 2) if ring else _RUN
+        stay = max(0, self.slots - tails - ring)
+        if sparse is not None:
+            # what is chosen changes: whatever was not chosen for longest makes way
+            stay, self._run = (0 if ring else stay), max(1, min(_RUN, (self.slots - tails) // 2))
+        each, rest = divmod(stay, layers)
         self._may_stay = [each + (n < rest) for n in range(layers)]
         self._numbers = itertools.count()
         self._extents: dict[str, tuple[int, int]] = {}  # of the spill file: offset and bytes
         self.books = KVBooks()
 
-    def new_list(self, layer: int, shape: KVShape) -> ChunkList:
-        """An empty sequence of a layer."""
+    def new_list(self, layer: int, shape: KVShape, *, window: bool = False) -> ChunkList:
+        """An empty sequence of a layer; one with a window is not attended to sparsely."""
         if layer not in self._shapes:
             self._shapes[layer] = shape, min(self.tokens, self.slot_nbytes // shape.token_nbytes)
-        return ChunkList(self, layer, self._shapes[layer][1])
+        tokens = self._shapes[layer][1]
+        sparse = SparseRow(self.sparse, layer, shape, tokens) if self.sparse is not None and not window else None
+        return ChunkList(self, layer, tokens, sparse)
 
     def shape_of(self, layer: int) -> KVShape:
         """What the layer keeps of a token. Raises `KeyError` for one that keeps nothing yet."""
@@ -178,31 +201,69 @@ class ChunkStore:
 
     # attention
 
-    def reading(
-        self, spans: Sequence[tuple[Chunk, int, int]], later: Iterable[Chunk]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def reading(self, spans: Sequence[Span], later: Iterable[Chunk]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of tokens of each span [kv heads, n, D], in order; good until the next is asked for.
 
         While one is attended to, those behind it, and then the `later` chunks, are fetched.
         """
+        for run in self._held(spans, later, 1):
+            ((chunk, start, stop, slot),) = run
+            shape, tokens = self._shapes[chunk.layer]
+            k, v = shape.views(slot, tokens)
+            yield k[:, start:stop], v[:, start:stop]
+
+    def addresses(self, spans: Sequence[Span], later: Iterable[Chunk]) -> Iterator[list[tuple[int, int, int]]]:
+        """(address of keys, of values, tokens) of each span, in order, as many at a time as are there; good until the
+        next ones are asked for."""
+        for run in self._held(spans, later, self._run):
+            yield self._located(run)
+
+    def located(self, spans: Sequence[Span]) -> list[tuple[int, int, int]]:
+        """The same of chunks that are leased, and good as long as they are."""
+        return self._located([(c, start, stop, c.lease.slot) for c, start, stop in spans if c.lease is not None])
+
+    def _located(self, held: Sequence[tuple[Chunk, int, int, Slot]]) -> list[tuple[int, int, int]]:
+        if not held:
+            return []
+        shape, tokens = self._shapes[held[0][0].layer]
+        k, v = (width * shape.dtype.itemsize for width in (shape.key_dim, shape.value_dim))
+        values = shape.kv_heads * tokens * k
+        return [
+            (slot.address + start * k, slot.address + values + start * v, stop - start) for _, start, stop, slot in held
+        ]
+
+    def _held(
+        self, spans: Sequence[Span], later: Iterable[Chunk], most: int
+    ) -> Iterator[list[tuple[Chunk, int, int, Slot]]]:
+        """Spans in order and the slots they are in: as many as are there, `most` at a time, at least one."""
+        residency = self.residency
         passing = [chunk for chunk, *_ in spans if chunk.lease is None]
+        if self.sparse is not None:
+            for chunk in passing:
+                residency.keep(chunk.key)  # before any of them makes way for another
         coming = [*passing, *itertools.islice((c for c in later if c.lease is None), RING)]
-        asked = self._fetch(coming, 0)
-        for chunk, start, stop in spans:
-            if chunk.views is not None:
-                k, v = chunk.views
-                yield k[:, start:stop], v[:, start:stop]
-                continue
-            before = self.residency.counters.stall_s
-            lease = self.residency.acquire(chunk.key)
-            self.books.stall_s += self.residency.counters.stall_s - before
+        asked, at = self._fetch(coming, 0), 0
+        while at < len(spans):
+            run: list[tuple[Chunk, int, int, Slot]] = []
+            leases: list[tuple[Lease, str]] = []
             try:
-                shape, tokens = self._shapes[chunk.layer]
-                k, v = shape.views(lease.slot, tokens)
-                yield k[:, start:stop], v[:, start:stop]
+                while at < len(spans) and len(run) < most:
+                    chunk, start, stop = spans[at]
+                    lease = chunk.lease
+                    if lease is None:
+                        if run and not residency.resident(chunk.key):
+                            break
+                        before = residency.counters.stall_s
+                        lease = residency.acquire(chunk.key)
+                        self.books.stall_s += residency.counters.stall_s - before
+                        leases.append((lease, chunk.key))
+                    run.append((chunk, start, stop, lease.slot))
+                    at += 1
+                yield run
             finally:
-                lease.release()
-                self._policy.used(chunk.key)
+                for lease, key in leases:
+                    lease.release()
+                    self._policy.used(key)
             asked = self._fetch(coming, asked)
 
     def _fetch(self, coming: Sequence[Chunk], at: int) -> int:
@@ -225,8 +286,7 @@ class ChunkStore:
 
     def _lease(self, chunk: Chunk, lease: Lease) -> None:
         shape, tokens = self._shapes[chunk.layer]
-        k, v = chunk.views = shape.views(lease.slot, tokens)
-        chunk.lease, chunk.address = lease, (k.data_ptr(), v.data_ptr())
+        chunk.lease, chunk.views = lease, shape.views(lease.slot, tokens)
 
     def _release(self, chunk: Chunk) -> None:
         lease, chunk.lease, chunk.views = chunk.lease, None, None
@@ -235,10 +295,10 @@ class ChunkStore:
             self._policy.used(chunk.key)
 
 
-def chunk_tokens(shape: KVShape, capacity: int) -> int:
+def chunk_tokens(shape: KVShape, capacity: int, *, sparse: bool = False) -> int:
     """Tokens of a chunk for sequences of so many: what a disk reads well, and at most an eighth of a sequence, so that
-    the chunks being filled are not most of what is kept."""
-    tokens = shape.chunk_tokens()
+    the chunks being filled are not most of what is kept. `sparse` ones are shorter: few of their tokens are wanted."""
+    tokens = min(shape.chunk_tokens(), SPARSE_TOKENS if sparse else MOST_TOKENS)
     while tokens > LEAST_TOKENS and tokens * 8 > capacity:
         tokens //= 2
     return tokens

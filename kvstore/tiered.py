@@ -41,7 +41,8 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         """Make an empty sequence for each row of key_states [B, kv heads, n, Dk]."""
         shape = KVShape.of(key_states, value_states)
         store = self._cache.store_for(shape, key_states.shape[0])
-        self.rows = [store.new_list(self.number, shape) for _ in range(key_states.shape[0])]
+        windowed = self.window is not None
+        self.rows = [store.new_list(self.number, shape, window=windowed) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
     def update(
@@ -81,9 +82,13 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         self._freed = max(self._freed, first)
 
     def passing(self) -> Iterator[Chunk]:
-        """The chunks that the next token's attention will have to wait for."""
+        """The chunks that the next token's attention will have to wait for, as far as that is known."""
         low = 0 if self.window is None else max(0, self.past - self.window + 1)
         for row in self.rows:
+            if row.sparse is not None:
+                foreseen = (row.chunks[c] for c in row.sparse.ahead.foresee(self.number) if c < len(row.chunks))
+                yield from (chunk for chunk in foreseen if chunk.lease is None)
+                continue
             for chunk, *_ in row.spans(low, row.length):
                 if chunk.lease is None:
                     yield chunk
@@ -163,6 +168,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._make_store = make_store
         self._store: ChunkStore | None = None
         self._seen = KVBooks()
+        self.prompt_ends = True  # whether the pass under way holds the last of a prompt
 
     @property
     def store(self) -> ChunkStore:

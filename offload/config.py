@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvstore.selection import DEFAULT_SELECTOR, SELECTORS
 from moe.choices import POLICIES, POLICY, PREDICTOR, PREDICTORS, checked
-from offload.sizes import parse_rate, parse_size
+from offload.sizes import parse_budget, parse_rate, parse_size
 from tiers import UsageError
 
 DEVICES = ("auto", "cuda", "cpu", "emulated")
@@ -33,6 +34,8 @@ class RunConfig:
     random weights; what the model says means nothing then.
     `kv_resident`: keys and values kept in memory, bytes or a percentage of a request's at full length; the others lie
     on disk, in an unnamed file in `spill_dir` (None: in the cache folder) of at most `disk` bytes.
+    `kv_budget`: sparse attention, which changes what the model says: so many tokens, or that percentage of those there
+    are, are attended to by each new token, chosen by `kv_policy` (`kvstore.selection`).
     """
 
     ram: str | int | None = None
@@ -56,6 +59,8 @@ class RunConfig:
     kv_resident: str | int | None = None
     spill_dir: str | None = None
     disk: str | int | None = None
+    kv_budget: str | int | None = None
+    kv_policy: str = DEFAULT_SELECTOR
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
@@ -66,6 +71,8 @@ class RunConfig:
             parse_size(self.resident, of=1 << 40, flag="--resident")
         if self.kv_resident is not None:
             parse_size(self.kv_resident, of=1 << 40, flag="--kv-resident")
+        parse_budget(self.kv_budget)
+        checked(self.kv_policy, tuple(SELECTORS), "--kv-policy")
         if self.disk is not None:
             parse_size(self.disk, flag="--disk")
         if self.device not in DEVICES:

@@ -172,6 +172,8 @@ class Engine:
             outs = []
             past = sequences.cache.get_seq_length()
             for at in range(0, tokens.shape[1], chunk):
+                if isinstance(sequences.cache, TieredCache):
+                    sequences.cache.prompt_ends = at + chunk >= tokens.shape[1]
                 part = tokens[:, at : at + chunk]
                 inputs = _slice(sequences.inputs, past, at, part.shape[1])
                 out = self._pass(part, sequences.cache, inputs)

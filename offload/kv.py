@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from transformers.cache_utils import Cache
 
-from kvstore import ChunkStore, KVDisk, KVShape, TieredCache, chunk_tokens, make_cache, slots_for
+from kvstore import ChunkStore, KVDisk, KVShape, SparseOptions, TieredCache, chunk_tokens, make_cache, slots_for
 from moe import kernels
 from offload import attention, hf
 from offload.attention import Attention
 from offload.config import RunConfig
 from offload.describe import Description
 from offload.planning.placement import Demand
-from offload.sizes import format_size, parse_size
+from offload.sizes import format_size, parse_budget, parse_size
 from tiers import DirectReader, Trace, TransferQueue, UsageError
 from tiers.folders import cache_folder
 
@@ -32,7 +32,10 @@ class KV:
         self._config = config
         self._hf_config = description.config
         self._itemsize = description.layout.dtype.itemsize
-        self.tiered = config.kv_resident is not None
+        budget = parse_budget(config.kv_budget)
+        self.sparse = SparseOptions(budget, config.kv_policy) if budget is not None else None
+        self._resident = config.kv_resident or "100%"
+        self.tiered = config.kv_resident is not None or budget is not None
         self.demand = self._tiered_demand(description.demand) if self.tiered else description.demand
         self.attention: Attention | None = None
         self._disk: KVDisk | None = None
@@ -63,12 +66,20 @@ class KV:
         count = sum(layer is None or isinstance(layer, int) for layer in layers)
 
         def make(shape: KVShape, batch: int) -> ChunkStore:
-            assert self._disk is not None and self._config.kv_resident is not None
-            tokens = self._chunk or chunk_tokens(shape, capacity)
-            whole = count * batch * capacity * shape.token_nbytes
-            wanted = parse_size(self._config.kv_resident, of=whole, flag="--kv-resident")
+            assert self._disk is not None
+            tokens = self._chunk or chunk_tokens(shape, capacity, sparse=self.sparse is not None)
+            whole = count * batch * -(-capacity // tokens) * shape.chunk_nbytes(tokens)
+            wanted = parse_size(self._resident, of=whole, flag="--kv-resident")
             store = ChunkStore(
-                self._disk, shape, count, batch, capacity, wanted, tokens=tokens, interrupted=self._interrupted
+                self._disk,
+                shape,
+                count,
+                batch,
+                capacity,
+                wanted,
+                tokens=tokens,
+                interrupted=self._interrupted,
+                sparse=self.sparse,
             )
             least = slots_for(0, store.slot_nbytes, count, batch, capacity, tokens)
             if store.slots == least and store.slots * store.slot_nbytes > wanted:
@@ -98,8 +109,9 @@ class KV:
         others = sum(y.per_token for y, mine in zip(layers, kinds, strict=False) if not mine)
         if not per_token:
             raise UsageError("--kv-resident: this model keeps no keys and values that could lie anywhere else")
-        asked = self._config.kv_resident
-        assert asked is not None
+        asked = self._resident
+        if self.sparse is not None and getattr(self._hf_config.get_text_config(decoder=True), "kv_lora_rank", None):
+            raise UsageError("--kv-budget: this model keeps compressed latents, of which no bound is known")
 
         def kv(tokens: int) -> int:
             whole = per_token * tokens

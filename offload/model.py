@@ -76,7 +76,9 @@ class Model:
     @property
     def arithmetic(self) -> str:
         """How keys and values are computed: stored ones are good for the same only."""
-        return str(self.engine.layout.dtype).removeprefix("torch.")
+        config = self.engine.config
+        sparse = f" sparse {config.kv_policy} {config.kv_budget}" if config.kv_budget is not None else ""
+        return str(self.engine.layout.dtype).removeprefix("torch.") + sparse
 
     def history(self, sessions: Sessions | None = None) -> History:
         """A sequence that goes on, to be given to `run`; with `sessions` what is computed is kept there."""
@@ -326,6 +328,7 @@ class Model:
         self, stats: RequestStats, clock: _Clock, prompt_tokens: int, began: float, before: list[LayerUse]
     ) -> None:
         stats.prompt_tokens = prompt_tokens
+        stats.exact = self.engine.kv.sparse is None
         stats.total_s = time.perf_counter() - began
         stats.ttft_s = (clock.first or time.perf_counter()) - began
         stats.decode_s = clock.last - clock.first if clock.first else 0.0

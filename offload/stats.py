@@ -62,6 +62,7 @@ class RequestStats:
     expert_bytes: tuple[int, ...] = ()  # of one expert of each of these layers
     prefill_pass_tokens: int = 0  # of the first pass over the prompt, all sequences together
     prediction: Prediction | None = None  # None where none is made: beam search, several batches in one call
+    exact: bool = True  # False: attention was sparse, or keys and values were coded with a loss
     learned: str = ""  # what this run corrected for the next plan, and why
 
     @property
@@ -123,4 +124,6 @@ class RequestStats:
         if self.hit_rate is not None:
             parts.append(f"{100 * self.hit_rate:.0f}% found in memory")
         parts.append(f"{self.bottleneck}-bound")
+        if not self.exact:
+            parts.append("not exact: sparse attention")
         return " · ".join(parts)
