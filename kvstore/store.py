@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tiers import (
     Block,
     DirectReader,
     Lease,
+    OffloadError,
     Residency,
     Segment,
     SpillFile,
@@ -90,6 +92,7 @@ class ChunkStore:
 
     `resident` bytes are kept in memory, raised to the least that works: for each sequence and layer the chunk that is
     being filled, and a ring. `tokens` of a chunk; layers of another shape than the first get as many as fit the slot.
+    Sequences that were not foreseen (forks), or grow longer, make do with the same slots: what would else stay leaves.
     """
 
     def __init__(
@@ -113,18 +116,26 @@ class ChunkStore:
         # the last chunk of a sequence is a tail anyway
         self._may_stay = [each + (n < rest) for n in range(layers)]
         self._numbers = itertools.count()
+        self._leased: dict[str, Chunk] = {}  # those being filled and those that stay, in order of their leases
         self.books = KVBooks()
 
     def new_list(self, layer: int, shape: KVShape) -> ChunkList:
         """An empty sequence of a layer."""
         if layer not in self._shapes:
-            self._shapes[layer] = shape, min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+            tokens = min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+            if not tokens:
+                raise OffloadError(
+                    f"--kv-resident: one token of layer {layer} takes {shape.token_nbytes} bytes, a chunk of the first "
+                    f"layer only {self.slot_nbytes}; give chunks more tokens with --set kv_chunk"
+                )
+            self._shapes[layer] = shape, tokens
         return ChunkList(self, layer, self._shapes[layer][1])
 
     # what lists ask for
 
     def create(self, layer: int) -> Chunk:
         """See `Store`. Waits for a slot; raises `Interrupted`, and what made a spill fail (a full disk)."""
+        self._keep_free(1)
         chunk = Chunk(f"kv.{next(self._numbers)}", layer)
         shape, tokens = self._shapes[layer]
         block = Block(chunk.key, tokens * shape.token_nbytes, self.slot_nbytes, ())
@@ -134,9 +145,22 @@ class ChunkStore:
     def open(self, chunk: Chunk) -> None:
         """See `Store`."""
         if chunk.lease is None:
+            self._keep_free(1)
             self._lease(chunk, self.residency.acquire(chunk.key))
         if chunk.offset is not None:
             self.residency.soil(chunk.key)
+
+    @contextmanager
+    def looking(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """See `Store`."""
+        if chunk.views is not None:
+            yield chunk.views
+            return
+        self._keep_free(1)
+        with self.residency.acquire(chunk.key) as lease:
+            shape, tokens = self._shapes[chunk.layer]
+            yield shape.views(lease.slot, tokens)
+        self._policy.used(chunk.key)
 
     def full(self, chunk: Chunk) -> None:
         """See `Store`: it stays if the layer may keep one more, else it is spilled."""
@@ -176,11 +200,13 @@ class ChunkStore:
 
     def reading(
         self, spans: Sequence[tuple[Chunk, int, int]], later: Iterable[Chunk]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """Keys and values of tokens of each span [kv heads, n, D], in order; good until the next is asked for.
 
         While one is attended to, those behind it, and then the `later` chunks, are fetched.
         """
+        if any(chunk.lease is None for chunk, *_ in spans):
+            self._keep_free(LEAST_RING)
         passing = [chunk for chunk, *_ in spans if chunk.lease is None]
         coming = [*passing, *itertools.islice((c for c in later if c.lease is None), RING)]
         asked = self._fetch(coming, 0)
@@ -215,10 +241,24 @@ class ChunkStore:
     def _lease(self, chunk: Chunk, lease: Lease) -> None:
         shape, tokens = self._shapes[chunk.layer]
         chunk.lease, chunk.views = lease, shape.views(lease.slot, tokens)
+        self._leased[chunk.key] = chunk
+
+    def _keep_free(self, least: int) -> None:
+        """Leave at least so many slots to what passes: where more is leased than was foreseen, let the oldest go.
+
+        What was to stay goes before what is being filled, and makes room for good.
+        """
+        while self._leased and len(self._leased) > self.slots - least:
+            chunk = next((c for c in self._leased.values() if c.stays), next(iter(self._leased.values())))
+            stayed = chunk.stays
+            self.spill(chunk)
+            if stayed:
+                self._may_stay[chunk.layer] -= 1
 
     def _release(self, chunk: Chunk) -> None:
         lease, chunk.lease, chunk.views = chunk.lease, None, None
         if lease is not None:
+            del self._leased[chunk.key]
             lease.release()
             self._policy.used(chunk.key)
 
@@ -233,7 +273,10 @@ def chunk_tokens(shape: KVShape, capacity: int) -> int:
 
 
 def slots_for(resident: int, slot_nbytes: int, layers: int, batch: int, capacity: int, tokens: int) -> int:
-    """Slots that `resident` bytes make: at least a chunk to fill per layer and sequence and a ring, at most all."""
+    """Slots that `resident` bytes make: at least a chunk to fill per layer and sequence and a ring, at most all.
+
+    Whatever is asked for, one being filled and a ring: sequences may grow, or fork, beyond what was foreseen.
+    """
     tails = layers * batch
     whole = tails * -(-capacity // tokens)
-    return max(min(resident // slot_nbytes, whole), min(tails + LEAST_RING, whole), 1)
+    return max(min(resident // slot_nbytes, whole), min(tails + LEAST_RING, whole), 1 + LEAST_RING)

@@ -7,6 +7,7 @@ store, chunk by chunk, and then appends the new.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -78,10 +79,10 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
                     store.spill(chunk)
         self._freed = max(self._freed, first)
 
-    def passing(self) -> Iterator[Chunk]:
-        """The chunks that the next token's attention will have to wait for."""
+    def passing(self, first_row: int = 0) -> Iterator[Chunk]:
+        """The chunks that the next token's attention will have to wait for, from one of the sequences on."""
         low = 0 if self.window is None else max(0, self.past - self.window + 1)
-        for row in self.rows:
+        for row in self.rows[first_row:]:
             for chunk, *_ in row.spans(low, row.length):
                 if chunk.lease is None:
                     yield chunk
@@ -109,10 +110,15 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         """Take back the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes the number of tokens to take back as a negative number")
+        length = max(0, self.get_seq_length() + tokens_to_remove)
+        if self._new is not None and tokens_to_remove:
+            # what is not to be kept is not appended: an interrupted pass must not wait for a disk to be taken back
+            keep = length - self.past
+            self._new = tuple(t[:, :, :keep] for t in self._new) if keep > 0 else None  # type: ignore[assignment]
         self.append_new()
-        for row in self.rows:
-            row.crop(max(0, row.length + tokens_to_remove))
-        self._freed = min(self._freed, len(self.rows[0].chunks) if self.rows else 0)
+        for row in self.rows:  # a pass that was cut short may have left them uneven
+            row.crop(min(row.length, length))
+        self._freed = min(self._freed, length // self.rows[0].tokens if self.rows else 0)
 
     def reset(self) -> None:
         """Forget all tokens, and give the memory back."""
@@ -183,9 +189,10 @@ class TieredCache(Cache):  # type: ignore[misc]
         return books
 
     def close(self) -> None:
-        """Give memory and disk back."""
+        """Give memory and disk back. The cache is empty afterwards, and may be filled anew."""
         for layer in self.tiered:
             layer.reset()
+        self._store = None
 
     def attend(
         self, layer: TieredLayer | None, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule,
@@ -246,18 +253,18 @@ def _attend_past(
         if low >= past:
             continue
         mine = query[b : b + 1, :, late:]
-        parts = cache.store.reading(list(row.spans(low, past)), _later(cache, layer, b))
-        for k, v in gathered(parts, BLOCK):
-            here = expand(k, v) if expand is not None else (k, v)
-            for at, out, lse in blocks(mine, *here, first_query + late, low, rule):
-                merged.add(out, lse, slice(at.start + late, at.stop + late), slice(b, b + 1))
-            low += k.shape[2]
+        with closing(cache.store.reading(list(row.spans(low, past)), _later(cache, layer, b))) as parts:
+            for keys, values in gathered(parts, BLOCK):
+                k, v = keys.to(query.device), values.to(query.device)
+                here = expand(k, v) if expand is not None else (k, v)
+                for at, out, lse in blocks(mine, *here, first_query + late, low, rule):
+                    merged.add(out, lse, slice(at.start + late, at.stop + late), slice(b, b + 1))
+                low += k.shape[2]
 
 
 def _later(cache: TieredCache, layer: TieredLayer, row: int) -> Iterator[Chunk]:
     """What attention will read after this sequence of this layer, around to the next step's first layer."""
-    for other in layer.rows[row + 1 :]:
-        yield from (c for c in other.chunks if c.lease is None)
+    yield from layer.passing(row + 1)
     n = len(cache.tiered)
     for i in range(1, n):
         yield from cache.tiered[(layer.number + i) % n].passing()

@@ -131,7 +131,11 @@ class Engine:
                 self.experts.policy,
             )  # fmt: skip
             opened.callback(self.kv.close)
-            self.kv.connect(description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes)
+            try:
+                self.kv.connect(description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes)
+            except BaseException:
+                self._memory.close()
+                raise
             self._close_files = opened.pop_all().close
         try:
             self._connect()
@@ -226,6 +230,8 @@ class Engine:
                 finished = True
                 return out
             finally:
+                if self.kv.attention is not None:
+                    self.kv.attention.cache = None  # whose memory is its owner's to give back
                 if not finished:
                     self._memory.restart()
                 stats.seconds = time.perf_counter() - began

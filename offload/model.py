@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteria, TextStreamer
 from transformers.cache_utils import Cache
 
-from kvstore import rollback
+from kvstore import TieredCache, rollback
 from moe import LayerUse
 from offload.engine import Engine
 from offload.planning.explain import explain
@@ -229,17 +229,22 @@ class Model:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
         clock.prompt_width = width
         streamer = _Pieces(self._need_tokenizer(), on_text) if on_text is not None and len(ids) == 1 else None
-        with torch.inference_mode():
-            out = self.hf.generate(
-                tokens,
-                attention_mask=mask,
-                generation_config=config,
-                past_key_values=cache if cache is not None else self.engine.new_cache(width + room),
-                logits_processor=sampling.processors(width),
-                stopping_criteria=[clock],
-                streamer=streamer,
-                **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
-            )
+        past = cache if cache is not None else self.engine.new_cache(width + room)
+        try:
+            with torch.inference_mode():
+                out = self.hf.generate(
+                    tokens,
+                    attention_mask=mask,
+                    generation_config=config,
+                    past_key_values=past,
+                    logits_processor=sampling.processors(width),
+                    stopping_criteria=[clock],
+                    streamer=streamer,
+                    **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
+                )
+        finally:
+            if cache is None:
+                _give_back(past)
         for row in out[:, width:].tolist():
             # a row that ended early is padded to the longest; its end token is its last
             cut = next((i + 1 for i, t in enumerate(row) if t in ends), len(row))
@@ -331,7 +336,7 @@ class Conversation:
             self._forget_unless_whole(ids)
             return None
         except BaseException:
-            self._cache, self._cached = None, []
+            self._forget()
             raise
         self.messages = [*messages, {"role": "assistant", "content": result.text[0] or ""}]
         self._cached = (ids + result.token_ids[0])[: self._cache.get_seq_length()]
@@ -340,13 +345,14 @@ class Conversation:
     def clear(self) -> None:
         """Start anew; a system message stays."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
-        self._cache, self._cached = None, []
+        self._forget()
 
     def _reuse(self, ids: list[int]) -> None:
         """Keep the part of the cache that is a front of `ids`; at least one token is always computed."""
         common = next((i for i, (a, b) in enumerate(zip(self._cached, ids, strict=False)) if a != b), None)
         common = min(len(self._cached), len(ids) - 1) if common is None else min(common, len(ids) - 1)
         if self._cache is None or common == 0 or not rollback(self._cache, common):
+            self._forget()
             self._cache, common = self._model.engine.new_cache(self._model.plan.context), 0
         self._cached = ids[:common]
         self.reused_tokens = common
@@ -355,7 +361,17 @@ class Conversation:
         """An interrupted pass leaves some layers a token ahead of others."""
         assert self._cache is not None
         if not rollback(self._cache, min(len(self._cached), len(ids))):
-            self._cache, self._cached = None, []
+            self._forget()
+
+    def _forget(self) -> None:
+        _give_back(self._cache)
+        self._cache, self._cached = None, []
+
+
+def _give_back(cache: Cache | None) -> None:
+    """Its memory and its place on disk, now and not when the garbage is collected."""
+    if isinstance(cache, TieredCache):
+        cache.close()
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
