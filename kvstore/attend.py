@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -88,9 +89,10 @@ def _token(
     if not few(query, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
         return None
     for b, passing in enumerate(away):
-        for run in cache.store.addresses(passing, later(cache, layer, b)):
-            part = array("q", [x for k, v, n in run for x in (b, k, v, n)])
-            few(query, part, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
+        with closing(cache.store.addresses(passing, later(cache, layer, b))) as runs:
+            for run in runs:
+                part = array("q", [x for k, v, n in run for x in (b, k, v, n)])
+                few(query, part, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
     if sinks is not None:
         state.merge(torch.zeros(batch, heads, 1, shape.value_dim), sinks.float().expand(batch, heads))
     return state.result()[0].to(query.dtype).transpose(1, 2)
@@ -199,18 +201,18 @@ def _attend_past(
         if low >= past:
             continue
         mine = query[b : b + 1, :, late:]
-        parts = cache.store.reading(list(row.spans(low, past)), later(cache, layer, b))
-        for k, v in gathered(parts, BLOCK):
-            here = expand(k, v) if expand is not None else (k, v)
-            for at, out, lse in blocks(mine, *here, first_query + late, low, rule):
-                merged.add(out, lse, slice(at.start + late, at.stop + late), slice(b, b + 1))
-            low += k.shape[2]
+        with closing(cache.store.reading(list(row.spans(low, past)), later(cache, layer, b))) as parts:
+            for keys, values in gathered(parts, BLOCK):
+                k, v = keys.to(query.device), values.to(query.device)
+                here = expand(k, v) if expand is not None else (k, v)
+                for at, out, lse in blocks(mine, *here, first_query + late, low, rule):
+                    merged.add(out, lse, slice(at.start + late, at.stop + late), slice(b, b + 1))
+                low += k.shape[2]
 
 
 def later(cache: TieredCache, layer: TieredLayer, row: int) -> Iterator[Chunk]:
     """What attention will read after this sequence of this layer, around to the next step's first layer."""
-    for other in layer.rows[row + 1 :]:
-        yield from (c for c in other.chunks if c.lease is None)
+    yield from layer.passing(row + 1)
     n = len(cache.tiered)
     for i in range(1, n):
         yield from cache.tiered[(layer.number + i) % n].passing()

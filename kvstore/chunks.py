@@ -7,6 +7,7 @@ the other, so that attention reads memory in long runs whatever part of the chun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -90,6 +91,10 @@ class Store(Protocol):
         """Lease the chunk, to be written to."""
         ...
 
+    def looking(self, chunk: Chunk) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]:
+        """The chunk's views, to be read while the context lasts."""
+        ...
+
     def full(self, chunk: Chunk) -> None:
         """The chunk, which is leased, will not change for now."""
         ...
@@ -142,14 +147,15 @@ class ChunkList:
                 self._store.open(chunk)
             return chunk
         mine = self._store.create(self.layer)
-        leased = chunk.lease is not None
-        self._store.open(chunk)
-        assert mine.views is not None and chunk.views is not None
-        for new, old in zip(mine.views, chunk.views, strict=True):
-            new[:, :filled] = old[:, :filled]
+        try:
+            with self._store.looking(chunk) as views:
+                assert mine.views is not None
+                for new, old in zip(mine.views, views, strict=True):
+                    new[:, :filled] = old[:, :filled]
+        except BaseException:
+            self._store.give_up(mine)
+            raise
         chunk.owners -= 1
-        if not leased:
-            self._store.full(chunk)
         self.chunks[number] = mine
         return mine
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tiers import (
     Block,
     DirectReader,
     Lease,
+    OffloadError,
     Residency,
     Segment,
     Slot,
@@ -105,6 +107,7 @@ class ChunkStore:
 
     `resident` bytes are kept in memory, raised to the least that works: for each sequence and layer the chunk that is
     being filled, and a ring. `tokens` of a chunk; layers of another shape than the first get as many as fit the slot.
+    Sequences that were not foreseen (forks), or grow longer, make do with the same slots: what would else stay leaves.
     """
 
     def __init__(
@@ -135,12 +138,19 @@ class ChunkStore:
         self._may_stay = [each + (n < rest) for n in range(layers)]
         self._numbers = itertools.count()
         self._extents: dict[str, tuple[int, int]] = {}  # of the spill file: offset and bytes
+        self._leased: dict[str, Chunk] = {}  # those being filled and those that stay, in order of their leases
         self.books = KVBooks()
 
     def new_list(self, layer: int, shape: KVShape, *, window: bool = False) -> ChunkList:
         """An empty sequence of a layer; one with a window is not attended to sparsely."""
         if layer not in self._shapes:
-            self._shapes[layer] = shape, min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+            tokens = min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+            if not tokens:
+                raise OffloadError(
+                    f"--kv-resident: one token of layer {layer} takes {shape.token_nbytes} bytes, a chunk of the first "
+                    f"layer only {self.slot_nbytes}; give chunks more tokens with --set kv_chunk"
+                )
+            self._shapes[layer] = shape, tokens
         tokens = self._shapes[layer][1]
         sparse = SparseRow(self.sparse, layer, shape, tokens) if self.sparse is not None and not window else None
         return ChunkList(self, layer, tokens, sparse)
@@ -153,6 +163,7 @@ class ChunkStore:
 
     def create(self, layer: int) -> Chunk:
         """See `Store`. Waits for a slot; raises `Interrupted`, and what made a spill fail (a full disk)."""
+        self._keep_free(1)
         chunk = Chunk(f"kv.{next(self._numbers)}", layer)
         shape, tokens = self._shapes[layer]
         block = Block(chunk.key, tokens * shape.token_nbytes, self.slot_nbytes, ())
@@ -162,9 +173,22 @@ class ChunkStore:
     def open(self, chunk: Chunk) -> None:
         """See `Store`."""
         if chunk.lease is None:
+            self._keep_free(1)
             self._lease(chunk, self.residency.acquire(chunk.key))
         if chunk.offset is not None:
             self.residency.soil(chunk.key)
+
+    @contextmanager
+    def looking(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """See `Store`."""
+        if chunk.views is not None:
+            yield chunk.views
+            return
+        self._keep_free(1)
+        with self.residency.acquire(chunk.key) as lease:
+            shape, tokens = self._shapes[chunk.layer]
+            yield shape.views(lease.slot, tokens)
+        self._policy.used(chunk.key)
 
     def full(self, chunk: Chunk) -> None:
         """See `Store`: it stays if the layer may keep one more, else it is spilled."""
@@ -201,7 +225,9 @@ class ChunkStore:
 
     # attention
 
-    def reading(self, spans: Sequence[Span], later: Iterable[Chunk]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def reading(
+        self, spans: Sequence[Span], later: Iterable[Chunk]
+    ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """Keys and values of tokens of each span [kv heads, n, D], in order; good until the next is asked for.
 
         While one is attended to, those behind it, and then the `later` chunks, are fetched.
@@ -212,7 +238,9 @@ class ChunkStore:
             k, v = shape.views(slot, tokens)
             yield k[:, start:stop], v[:, start:stop]
 
-    def addresses(self, spans: Sequence[Span], later: Iterable[Chunk]) -> Iterator[list[tuple[int, int, int]]]:
+    def addresses(
+        self, spans: Sequence[Span], later: Iterable[Chunk]
+    ) -> Generator[list[tuple[int, int, int]], None, None]:
         """(address of keys, of values, tokens) of each span, in order, as many at a time as are there; good until the
         next ones are asked for."""
         for run in self._held(spans, later, self._run):
@@ -237,6 +265,8 @@ class ChunkStore:
     ) -> Iterator[list[tuple[Chunk, int, int, Slot]]]:
         """Spans in order and the slots they are in: as many as are there, `most` at a time, at least one."""
         residency = self.residency
+        if any(chunk.lease is None for chunk, *_ in spans):
+            self._keep_free(LEAST_RING)
         passing = [chunk for chunk, *_ in spans if chunk.lease is None]
         if self.sparse is not None:
             for chunk in passing:
@@ -287,10 +317,24 @@ class ChunkStore:
     def _lease(self, chunk: Chunk, lease: Lease) -> None:
         shape, tokens = self._shapes[chunk.layer]
         chunk.lease, chunk.views = lease, shape.views(lease.slot, tokens)
+        self._leased[chunk.key] = chunk
+
+    def _keep_free(self, least: int) -> None:
+        """Leave at least so many slots to what passes: where more is leased than was foreseen, let the oldest go.
+
+        What was to stay goes before what is being filled, and makes room for good.
+        """
+        while self._leased and len(self._leased) > self.slots - least:
+            chunk = next((c for c in self._leased.values() if c.stays), next(iter(self._leased.values())))
+            stayed = chunk.stays
+            self.spill(chunk)
+            if stayed:
+                self._may_stay[chunk.layer] -= 1
 
     def _release(self, chunk: Chunk) -> None:
         lease, chunk.lease, chunk.views = chunk.lease, None, None
         if lease is not None:
+            del self._leased[chunk.key]
             lease.release()
             self._policy.used(chunk.key)
 
@@ -305,7 +349,10 @@ def chunk_tokens(shape: KVShape, capacity: int, *, sparse: bool = False) -> int:
 
 
 def slots_for(resident: int, slot_nbytes: int, layers: int, batch: int, capacity: int, tokens: int) -> int:
-    """Slots that `resident` bytes make: at least a chunk to fill per layer and sequence and a ring, at most all."""
+    """Slots that `resident` bytes make: at least a chunk to fill per layer and sequence and a ring, at most all.
+
+    Whatever is asked for, one being filled and a ring: sequences may grow, or fork, beyond what was foreseen.
+    """
     tails = layers * batch
     whole = tails * -(-capacity // tokens)
-    return max(min(resident // slot_nbytes, whole), min(tails + LEAST_RING, whole), 1)
+    return max(min(resident // slot_nbytes, whole), min(tails + LEAST_RING, whole), 1 + LEAST_RING)

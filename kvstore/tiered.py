@@ -81,10 +81,11 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
                     store.spill(chunk)
         self._freed = max(self._freed, first)
 
-    def passing(self) -> Iterator[Chunk]:
-        """The chunks that the next token's attention will have to wait for, as far as that is known."""
+    def passing(self, first_row: int = 0) -> Iterator[Chunk]:
+        """The chunks that the next token's attention will have to wait for, as far as that is known, from one of the
+        sequences on."""
         low = 0 if self.window is None else max(0, self.past - self.window + 1)
-        for row in self.rows:
+        for row in self.rows[first_row:]:
             if row.sparse is not None:
                 foreseen = (row.chunks[c] for c in row.sparse.ahead.foresee(self.number) if c < len(row.chunks))
                 yield from (chunk for chunk in foreseen if chunk.lease is None)
@@ -116,10 +117,15 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         """Take back the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes the number of tokens to take back as a negative number")
+        length = max(0, self.get_seq_length() + tokens_to_remove)
+        if self._new is not None and tokens_to_remove:
+            # what is not to be kept is not appended: an interrupted pass must not wait for a disk to be taken back
+            keep = length - self.past
+            self._new = tuple(t[:, :, :keep] for t in self._new) if keep > 0 else None  # type: ignore[assignment]
         self.append_new()
-        for row in self.rows:
-            row.crop(max(0, row.length + tokens_to_remove))
-        self._freed = min(self._freed, len(self.rows[0].chunks) if self.rows else 0)
+        for row in self.rows:  # a pass that was cut short may have left them uneven
+            row.crop(min(row.length, length))
+        self._freed = min(self._freed, length // self.rows[0].tokens if self.rows else 0)
 
     def reset(self) -> None:
         """Forget all tokens, and give the memory back."""
@@ -198,7 +204,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         return KVBooks(*(getattr(now, f.name) - getattr(then, f.name) for f in fields(KVBooks)))
 
     def close(self) -> None:
-        """Give memory and disk back; the cache is empty then."""
+        """Give memory and disk back. The cache is empty afterwards, and may be filled anew."""
         store, self._store = self._store, None
         for layer in self.tiered:
             layer.rows = []

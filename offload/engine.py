@@ -132,10 +132,14 @@ class Engine:
                 self.experts.policy,
             )  # fmt: skip
             opened.callback(self.kv.close)
-            self.kv.connect(
-                description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes,
-                self.device.torch_device,
-            )  # fmt: skip
+            try:
+                self.kv.connect(
+                    description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes,
+                    self.device.torch_device,
+                )  # fmt: skip
+            except BaseException:
+                self._memory.close()
+                raise
             self._close_files = opened.pop_all().close
         try:
             self._connect()
@@ -234,6 +238,8 @@ class Engine:
                     out = self._forward(input_ids=tokens, past_key_values=cache, **inputs)
                 finished = True
             finally:
+                if self.kv.attention is not None:
+                    self.kv.attention.cache = None  # whose memory is its owner's to give back
                 if not finished:
                     self._memory.restart()
                 stats.seconds = time.perf_counter() - began

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from transformers.cache_utils import Cache
 
-from kvstore import NODE_TOKENS, PrefixStore, Segment, Snapshot, WindowLayer, rollback, states
+from kvstore import NODE_TOKENS, PrefixStore, Segment, Snapshot, TieredCache, WindowLayer, rollback, states
 from tiers import DamagedError, GoneError, OffloadError, StoreError
 
 _SNAPSHOTS = 64  # of bounded layers; the oldest go
@@ -87,6 +87,8 @@ class History:
 
     def forget(self) -> None:
         """Nothing is held any more; what is on disk stays there."""
+        if isinstance(self.cache, TieredCache):
+            self.cache.close()
         self.cache, self.tokens, self._snapshots = None, [], []
 
     def _back_to(self, length: int) -> int:
@@ -136,6 +138,7 @@ class History:
                 return
             states.put_states(cache, last.states, self._device)
         if len(held) > kept:
+            self.forget()
             self.cache, self.tokens, self._snapshots = cache, held, []
 
     def _keep_windows(self) -> None:

@@ -301,17 +301,22 @@ class Model:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
         clock.prompt_width = width
         streamer = _Pieces(self._need_tokenizer(), on_text) if on_text is not None and len(ids) == 1 else None
-        with torch.inference_mode():
-            out = self.hf.generate(
-                tokens,
-                attention_mask=mask,
-                generation_config=config,
-                past_key_values=cache if cache is not None else self.engine.new_cache(width + room),
-                logits_processor=sampling.processors(width),
-                stopping_criteria=[clock],
-                streamer=streamer,
-                **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
-            )
+        past = cache if cache is not None else self.engine.new_cache(width + room)
+        try:
+            with torch.inference_mode():
+                out = self.hf.generate(
+                    tokens,
+                    attention_mask=mask,
+                    generation_config=config,
+                    past_key_values=past,
+                    logits_processor=sampling.processors(width),
+                    stopping_criteria=[clock],
+                    streamer=streamer,
+                    **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
+                )
+        finally:
+            if cache is None and isinstance(past, TieredCache):
+                past.close()
         for row in out[:, width:].tolist():
             # a row that ended early is padded to the longest; its end token is its last
             cut = next((i + 1 for i, t in enumerate(row) if t in ends), len(row))
