@@ -38,7 +38,7 @@ from tiers import (
 WRITERS = 2  # writes in flight: the disk's queue is for reads
 RING = 8  # slots that chunks pass through: as many reads in flight as a disk needs
 LEAST_RING = 2  # one being attended to, one on its way
-SPARSE_TOKENS = 32
+SPARSE_TOKENS = 16
 _RUN = 64  # most chunks attended to in one call
 _POOL = "kv"
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteria, TextStreamer
 from transformers.cache_utils import Cache
 
-from kvstore import Session, Sessions
+from kvstore import Session, Sessions, TieredCache
 from moe import LayerUse
 from offload.conversation import Conversation, Message
 from offload.engine import Engine
