@@ -350,10 +350,11 @@ def _sparse(result: Result) -> str:
     how = f"chunks of {result['chunk_tokens']} tokens" if result["chunk_tokens"] else "the engine's own chunks"
     return "\n".join([
         *lines, "",
-        f"Percent of {asked} recall questions answered / of {tokens} next tokens that are the full cache's, over the share "
-        f"of the context attended to: {result['model']}, contexts of {', '.join(map(str, contexts))} tokens, a code told "
-        f"at {', '.join(f'{100 * d:.0f}' for d in result['depths'])} % of them; {how}"
-        f"{', policies put into transformers' if result['runner'] == 'reference' else ''}. With all of the cache: {full}. "
+        f"Percent of {asked} recall questions answered / of {tokens} next tokens that are the full cache's, over the "
+        f"share of the context attended to: {result['model']}, contexts of {', '.join(map(str, contexts))} tokens, a "
+        f"code told at {', '.join(f'{100 * d:.0f}' for d in result['depths'])} % of them; {how}"
+        f"{', policies put into transformers' if result['runner'] == 'reference' else ''}. With all of the cache: "
+        f"{full}. "
         f"{_machine(result['machine'])}, {result['date'].split()[0]}.",
     ])  # fmt: skip
 
