@@ -112,7 +112,7 @@ def _chosen(
     for b, row in enumerate(layer.rows):
         assert row.sparse is not None
         row.sparse.view.mass = functools.partial(_true_mass, cache, layer, b, rule)
-        chosen = row.sparse.choose(length, query[b, :, 0], rule.scale)
+        chosen = row.sparse.choose(length, query[b, :, 0], rule.scale) or range(len(row.chunks))
         spans = list(row.spans(_first_seen(pads[b], length - 1, rule), length, chosen))
         mine = AttentionState(*(t[b : b + 1] for t in (state.largest, state.total, state.mixed)))
         found = []

@@ -142,7 +142,8 @@ class Bounds(Recent):
 class Landmarks(Recent):
     """By what the query finds in a chunk's mean key (InfLLM's representatives, ShadowKV's landmarks).
 
-    Half the work of `Bounds` and a good guess where neighbours are alike; one key among others that differ is missed.
+    Half the work of `Bounds`. It keeps more of the attention on average, and misses the one key among others that
+    differ which the answer hangs on: of questions for a code it answers a small part of what `Bounds` does.
     """
 
     needs_abstracts = True

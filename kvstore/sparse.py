@@ -30,7 +30,7 @@ class SparseOptions:
 
     budget: int | float
     policy: str = DEFAULT_SELECTOR
-    by_layer: bool = True
+    by_layer: bool = False
 
 
 class SparseRow:
@@ -62,16 +62,19 @@ class SparseRow:
         self.selector.truncated(self.view, chunks)
         self.ahead.truncated(self.view.number, chunks)
 
-    def choose(self, length: int, query: torch.Tensor, scale: float) -> Sequence[int]:
-        """Chunks for query [heads, D], of `length` tokens held, ascending."""
+    def choose(self, length: int, query: torch.Tensor, scale: float) -> Sequence[int] | None:
+        """Chunks for query [heads, D], of `length` tokens held, ascending; None: all of them."""
         self.view.chunks = -(-length // self._tokens)
         given = self._options.budget
         tokens = given * length if isinstance(given, float) else given
         budget = max(1, math.ceil(self.factor * tokens / self._tokens))
+        self.held += length
+        if budget >= self.view.chunks:
+            self.attended += length
+            return None
         chosen = self.selector.choose(self.view, query, scale, budget)
         self.ahead.noted(self.view.number, chosen, SINKS + RECENT)
         self.attended += min(length, len(chosen) * self._tokens)
-        self.held += length
         return chosen
 
     def observed(self, mass: torch.Tensor) -> None:

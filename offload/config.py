@@ -35,7 +35,8 @@ class RunConfig:
     `kv_resident`: keys and values kept in memory, bytes or a percentage of a request's at full length; the others lie
     on disk, in an unnamed file in `spill_dir` (None: in the cache folder) of at most `disk` bytes.
     `kv_budget`: sparse attention, which changes what the model says: so many tokens, or that percentage of those there
-    are, are attended to by each new token, chosen by `kv_policy` (`kvstore.selection`).
+    are, are attended to by each new token, chosen by `kv_policy` (`kvstore.selection`); with `kv_by_layer` the layers share
+    what they may attend to by how their attention is spread over the prompt.
     """
 
     ram: str | int | None = None
@@ -61,6 +62,7 @@ class RunConfig:
     disk: str | int | None = None
     kv_budget: str | int | None = None
     kv_policy: str = DEFAULT_SELECTOR
+    kv_by_layer: bool = False
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
@@ -87,7 +89,11 @@ class RunConfig:
         ):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{flag}: {value!r} is not a whole number above zero")
-        for name, on in (("graphs", self.graphs), ("count_launches", self.count_launches)):
+        for name, on in (
+            ("graphs", self.graphs),
+            ("count_launches", self.count_launches),
+            ("kv_by_layer", self.kv_by_layer),
+        ):
             if not isinstance(on, bool):
                 raise UsageError(f"{name}: {on!r} is neither True nor False")
 

@@ -33,7 +33,7 @@ class KV:
         self._hf_config = description.config
         self._itemsize = description.layout.dtype.itemsize
         budget = parse_budget(config.kv_budget)
-        self.sparse = SparseOptions(budget, config.kv_policy) if budget is not None else None
+        self.sparse = SparseOptions(budget, config.kv_policy, config.kv_by_layer) if budget is not None else None
         self._resident = config.kv_resident or "100%"
         self.tiered = config.kv_resident is not None or budget is not None
         self.demand = self._tiered_demand(description.demand) if self.tiered else description.demand
