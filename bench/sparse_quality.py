@@ -34,18 +34,11 @@ BUDGETS = (100.0, 50.0, 25.0, 12.5, 8.0, 4.0, 2.0)  # percent of the context
 CONTEXTS = (512, 1024, 2048, 4096)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where the code is told, as a share of the context
 CONTINUED = 48  # tokens of dialogue that are compared to the full cache's
-<<<<<<< HEAD
-POLICIES = ("oracle", "bounds", "landmarks", "blend", "h2o", "snapkv", "recent")
-COLOURS = dict(
-    zip(POLICIES, ("#555555", "#3b7dd8", "#2a9d6f", "#8a5bd0", "#d98a2b", "#c04f8f", "#d0453b"), strict=True)
-)
-=======
 COLOURS = {
     "oracle": "#555555", "bounds": "#3b7dd8", "landmarks": "#2a9d6f", "blend": "#8a5bd0", "h2o": "#d98a2b",
     "snapkv": "#c04f8f", "recent": "#d0453b",
 }  # fmt: skip
 POLICIES = tuple(COLOURS)
->>>>>>> h-sparse
 
 
 @dataclass(frozen=True)
@@ -364,14 +357,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         raise BenchError(f"--policies {','.join(sorted(unknown))}: there are {', '.join(POLICIES)}")
     asked = questions(AutoTokenizer.from_pretrained(args.model), [int(c) for c in args.contexts.split(",")], args.each)
-<<<<<<< HEAD
-    full, rows = measure(
-        args.model, args.runner, asked, policies, [float(b) for b in args.budgets.split(",")], args.chunk
-    )
-=======
     budgets = [float(b) for b in args.budgets.split(",")]
     full, rows = measure(args.model, args.runner, asked, policies, budgets, args.chunk)
->>>>>>> h-sparse
     result = {
         "kind": "sparse", "name": "sparse", "date": today(), "machine": machine(), "model": args.model.name,
         "runner": args.runner, "chunk_tokens": args.chunk if args.runner == "reference" else None,

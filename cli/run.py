@@ -55,8 +55,8 @@ def _load(args: argparse.Namespace) -> Model:
             context=args.context, threads=args.threads, link=args.link, trace=args.trace, graphs=args.graphs,
             overrides=dict(args.settings), expert_policy=args.expert_policy, expert_depth=args.expert_depth,
             expert_predictor=args.expert_predictor, expert_compute=args.expert_compute,
-            kv_resident=args.kv_resident, kv_budget=args.kv_budget, kv_policy=args.kv_policy, kv_by_layer=args.kv_by_layer,
-            spill_dir=args.spill_dir, disk=args.disk,
+            kv_resident=args.kv_resident, kv_budget=args.kv_budget, kv_policy=args.kv_policy,
+            kv_by_layer=args.kv_by_layer, spill_dir=args.spill_dir, disk=args.disk,
             record_routing=args.record_routing, replay_routing=getattr(args, "replay_routing", None), progress=progress,
         )  # fmt: skip
 
