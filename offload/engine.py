@@ -35,7 +35,7 @@ from offload.planning.calibration import Calibration
 from offload.planning.placement import READERS, Budgets, Overrides, Plan
 from offload.planning.predict import Prediction, Workload, predict
 from offload.planning.search import choose
-from offload.sizes import parse_rate, parse_size
+from offload.sizes import parse_part, parse_rate, parse_size
 from offload.stats import RequestStats, StepStats
 from tiers import (
     CpuDevice,
@@ -80,9 +80,7 @@ class Engine:
         self.on_prefill: Progress | None = None  # told of layers done while a prompt is computed
         self._prefilled = self._prefill_total = 0
         self._lock = threading.RLock()
-        description = describe(folder, config.dtype)
-        self.kv = KV(description, config)
-        self.description = description = replace(description, demand=self.kv.demand)
+        self.description = description = describe(folder, config.dtype)
         self.hf_config, self.hf, self.layout = description.config, description.model, description.layout
         assert description.checkpoint is not None
         self.device = make_device(config)
@@ -107,10 +105,15 @@ class Engine:
                 else None
             ),
             context=config.context,
+            kv_resident=parse_part(config.kv_resident, flag="--kv-resident"),
         )
         machine = self.calibration.apply(self.machine)
         overrides = Overrides.of(config.overrides or {})
-        self.plan: Plan = choose(description, budgets, machine, Workload(), self.calibration.routing, overrides).plan
+        workload = Workload()
+        if config.context is not None:  # who asks for so many tokens will have them
+            workload = replace(workload, past_tokens=max(0, config.context - workload.context))
+        self.plan: Plan = choose(description, budgets, machine, workload, self.calibration.routing, overrides).plan
+        self.kv = KV(description, config, self.plan)
         self.steps: list[StepStats] = []
         self.trace = Trace() if config.trace is not None else None
         self.notes: list[str] = []  # what a user should know and has not been told
@@ -185,6 +188,8 @@ class Engine:
     def learn(self, workload: Workload, stats: RequestStats) -> None:
         """Compare a request with its prediction, and keep what it teaches for the next plan."""
         stats.prediction = self.predict(workload)
+        if self.plan.kv_tiered:  # see `calibration`
+            return
         learned = calibration.learn(
             self.calibration,
             self.calibration.apply(self.machine).rates,
