@@ -81,6 +81,12 @@ def attention_s(layer: LayerFacts, rates: Rates, p: Pass, *, tiered: bool = Fals
     return max(read * TIERED_READ, work * TIERED_WORK) if tiered and layer.spills else max(read, work)
 
 
+def chunkwise_s(layer: LayerFacts, rates: Rates, p: Pass) -> float:
+    """Seconds that attention over tiers takes longer than torch's own."""
+    apart = attention_s(layer, rates, p, tiered=True) - attention_s(layer, rates, p)
+    return apart * rates.correction(p.tokens)
+
+
 def expert_s(facts: ModelFacts, layer: LayerFacts, rates: Rates, p: Pass, distinct: int) -> float:
     """Seconds of one of `distinct` experts that share the pass's tokens."""
     if not distinct:

@@ -240,10 +240,14 @@ Score = Callable[[TierPlan, "TierPlan | None", Use], float]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How the planner compares placements: `bound` is cheap and asked often, `exact` of the few best ones."""
+    """How the planner compares placements: `bound` is cheap and asked often, `exact` of the few best ones.
+
+    `widest` is the most tokens a pass could have: room for more is of no use.
+    """
 
     bound: Score
     exact: Score
+    widest: int = 1 << 62
 
 
 def make_plan(
@@ -310,7 +314,7 @@ def make_plan(
                 break
             context = wider
     if scores is not None:  # they tell what a wider pass is worth in weights
-        chunks = [c for i, c in enumerate(CHUNKS) if i == 0 or CHUNKS[i - 1] < context]
+        chunks = [c for i, c in enumerate(CHUNKS) if i == 0 or CHUNKS[i - 1] < min(context, scores.widest)]
     if by_hand.prefill_chunk is not None:
         chunks = [by_hand.prefill_chunk]
     elif demand.whole_prompt:

@@ -58,7 +58,8 @@ def choose(
             known[key] = simulate(facts, where, use.chunk, machine, workload, routing)[0].total_s(workload)
         return known[key]
 
-    plan = make_plan(described.layout, described.demand, budgets, Scores(bound, exact), overrides)
+    scores = Scores(bound, exact, workload.batch * workload.prompt_tokens)
+    plan = make_plan(described.layout, described.demand, budgets, scores, overrides)
     return Chosen(plan, predict(facts, plan, machine, workload, routing), workload)
 
 
@@ -68,7 +69,7 @@ class _Bound:
     def __init__(self, facts: ModelFacts, machine: Machine, workload: Workload, routing: Routing) -> None:
         self._facts, self._machine, self._workload, self._routing = facts, machine, workload, routing
         self._sizes = {key: n for layer in facts.layers for key, n in layer.parts} | dict(facts.head)
-        self._prefill: dict[tuple[int, bool], list[tuple[float, _Work, list[int]]]] = {}
+        self._prefill: dict[int, list[tuple[float, tuple[_Work, _Work], list[int]]]] = {}
         self._reads: dict[tuple[int, KVTiers], _Reads] = {}
         self._alike = Counter(replace(y, parts=()) for y in facts.layers)
         middle = workload.past_tokens + workload.prompt_tokens + workload.new_tokens // 2
@@ -82,7 +83,7 @@ class _Bound:
         self._decode_passes = max(1, len(each))
         needed = [sum(map(len, layer)) / len(each) for layer in zip(*each, strict=True)] if each else []
         self._middle = Pass(workload.batch, 1, middle)
-        self._decode_compute = [self._compute(self._middle, [round(n) for n in needed], t) for t in (False, True)]
+        self._decode_compute = self._compute(self._middle, [round(n) for n in needed])
 
     def __call__(self, host: TierPlan, device: TierPlan | None, use: Use) -> float:
         """Lower bound of the request's seconds."""
@@ -101,11 +102,10 @@ class _Bound:
         workload = self._workload
         total = 0.0
         tiered = use.kv is not None
-        passes = self._passes(use.chunk, tiered)
         keys = self._keys(use.chunk, use.kv) if use.kv is not None else _Reads()
-        for i, (times, work, distances) in enumerate(passes):
+        for i, (times, work, distances) in enumerate(self._passes(use.chunk)):
             kv = keys.first if i == 0 else keys.later
-            total += times * self._busiest(work, streamed, unread, distances, 1, slots, below, foresees, kv)
+            total += times * self._busiest(work[tiered], streamed, unread, distances, 1, slots, below, foresees, kv)
         step = self._busiest(
             self._decode_compute[tiered], streamed, unread, self._decode, self._decode_passes, slots, below, foresees,
             keys.decode,
@@ -172,9 +172,10 @@ class _Bound:
                 waited += count * max(0.0, (m.read - ring) / disk - behind)
         return through, waited
 
-    def _passes(self, chunk: int, tiered: bool) -> list[tuple[float, _Work, list[int]]]:
-        """(how many, compute, reuse distances of the experts) of like passes over the prompt."""
-        known = self._prefill.get((chunk, tiered))
+    def _passes(self, chunk: int) -> list[tuple[float, tuple[_Work, _Work], list[int]]]:
+        """(how many, compute without and with tiers of keys and values, reuse distances of the experts) of like passes
+        over the prompt."""
+        known = self._prefill.get(chunk)
         if known is None:
             facts, workload = self._facts, self._workload
             chunks = chunks_of(workload, chunk)
@@ -186,23 +187,24 @@ class _Bound:
                 times = 1.0 if i == 0 else sum(chunks[1:]) / new  # the last one may be shorter
                 context = workload.past_tokens + (0 if i == 0 else workload.prompt_tokens // 2)
                 distances = first[-i].distances if first else ()  # the later ones are like the last one drawn
-                work = self._compute(Pass(workload.batch, new, context), [len(d) for d in distances], tiered)
+                work = self._compute(Pass(workload.batch, new, context), [len(d) for d in distances])
                 known.append((times, work, sorted(heapq.merge(*distances))))
-            self._prefill[chunk, tiered] = known
+            self._prefill[chunk] = known
         return known
 
-    def _compute(self, p: Pass, needed: list[int], tiered: bool) -> _Work:
+    def _compute(self, p: Pass, needed: list[int]) -> tuple[_Work, _Work]:
+        """Without and with tiers of keys and values."""
         facts, rates = self._facts, self._machine.rates
-        dense, experts, beside = rates.step_call_s + cost.head_s(facts, rates, p), 0.0, 0.0
-        distinct = iter(needed)
-        for layer in facts.layers:
-            dense += cost.layer_s(facts, layer, rates, p, tiered=tiered)
-            if layer.experts:
-                n = next(distinct, 0)
-                experts += n * cost.expert_s(facts, layer, rates, p, n)
-                if self._machine.host_rates is not None:
-                    beside = max(beside, cost.expert_s(facts, layer, self._machine.host_rates, p, n))
-        return _Work(dense, experts, beside)
+        dense = rates.step_call_s + cost.head_s(facts, rates, p)
+        experts = beside = 0.0
+        for layer, count in self._alike.items():
+            dense += count * cost.layer_s(facts, layer, rates, p)
+        for layer, n in zip((y for y in facts.layers if y.experts), needed, strict=False):
+            experts += n * cost.expert_s(facts, layer, rates, p, n)
+            if self._machine.host_rates is not None:
+                beside = max(beside, cost.expert_s(facts, layer, self._machine.host_rates, p, n))
+        more = sum(count * cost.chunkwise_s(layer, rates, p) for layer, count in self._alike.items())
+        return _Work(dense, experts, beside), _Work(dense + more, experts, beside)
 
 
 @dataclass(frozen=True, slots=True)
