@@ -138,6 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch", type=_whole, default=1, metavar="N", help="sequences at once (default: 1)")
     plan.add_argument("--prompt-tokens", type=_whole, default=512, metavar="N", help="of each (default: 512)")
     plan.add_argument("--new-tokens", type=_whole, default=128, metavar="N", help="of each (default: 128)")
+    plan.add_argument("--context", type=_whole, metavar="N", help="tokens to reserve KV for (default: those asked for)")
+    plan.add_argument("--kv-resident", metavar="SIZE|PERCENT",
+                      help="keys and values kept in memory, the others on disk")  # fmt: skip
+    for ignored in ("--spill-dir", "--disk"):  # where they are written changes no plan
+        plan.add_argument(ignored, help=argparse.SUPPRESS)
     _settings(plan)
     plan.add_argument("--routing", metavar="FILE",
                       help="tell what a recorded routing trace (.npz) says; without MODEL, that only")  # fmt: skip

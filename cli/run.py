@@ -193,7 +193,8 @@ def _plan(args: argparse.Namespace) -> int:
         report = offload.plan(
             args.model, hardware=args.hardware, ram=args.ram, vram=args.vram, resident=args.resident,
             device=args.device, link=args.link, dtype=args.dtype, batch=args.batch, prompt_tokens=args.prompt_tokens,
-            new_tokens=args.new_tokens, overrides=dict(args.settings), alternatives=not args.device_map,
+            new_tokens=args.new_tokens, context=args.context, kv_resident=args.kv_resident,
+            overrides=dict(args.settings), alternatives=not args.device_map,
         )  # fmt: skip
         if routing is not None:
             routing.check(report.facts)

@@ -79,7 +79,7 @@ class Abstracts:
         if chunks == 0:
             return
         end = first + chunks
-        self._reserve(end)
+        self.reserve(end)
         box = torch.cat((keys.amax(2), -keys.amin(2)), dim=-1).float()
         self._largest = torch.maximum(self._largest, box.abs().amax((1, 2)))
         self._boxes[0][:, first:end] = _rounded_up(box, self.dtype)
@@ -167,7 +167,8 @@ class Abstracts:
             tokens = fours.sum(2)[0, :, 0]
         self._stale = self._n
 
-    def _reserve(self, chunks: int) -> None:
+    def reserve(self, chunks: int) -> None:
+        """Room for so many, at once."""
         self._boxes[0] = _roomy(self._boxes[0], chunks)
         if self._means:
             self._means[0] = _roomy(self._means[0], chunks)

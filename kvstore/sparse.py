@@ -18,6 +18,7 @@ from kvstore.selection import DEFAULT_SELECTOR, LayerView, make_selector
 from kvstore.shares import Ahead, layer_budgets
 
 SINKS, RECENT = 1, 2  # chunks that are always attended to
+_BY_BOUNDS, _BY_MEANS = ("bounds",), ("landmarks", "blend")
 OBSERVED = 16  # the prompt's last queries, whose attention is measured (SnapKV's window)
 
 
@@ -32,18 +33,28 @@ class SparseOptions:
     policy: str = DEFAULT_SELECTOR
     by_layer: bool = False
 
+    def abstract_nbytes(self, shape: KVShape, capacity: int, tokens: int) -> int:
+        """Bytes of the abstracts of a layer of one sequence of `capacity` tokens in chunks of `tokens`."""
+        if self.policy not in _BY_BOUNDS and self.policy not in _BY_MEANS:
+            return 0
+        parts = 3 if self.policy in _BY_MEANS else 2
+        one = shape.kv_heads * shape.key_dim * _kept(shape).itemsize
+        return -(-capacity // tokens) * parts * one * 4 // 3  # and the groups above them
+
 
 class SparseRow:
     """Abstracts, a selector and a guess at the next choice, of one layer of one sequence in chunks of `tokens`."""
 
-    def __init__(self, options: SparseOptions, layer: int, shape: KVShape, tokens: int) -> None:
+    def __init__(self, options: SparseOptions, layer: int, shape: KVShape, tokens: int, chunks: int) -> None:
+        """`chunks` are foreseen; there may be more."""
         self._options = options
         self._tokens = tokens
         self.selector = make_selector(options.policy, SINKS, RECENT)
         self.view = LayerView(layer, 0)
         if self.selector.needs_abstracts:
-            kept = shape.dtype if shape.dtype is torch.bfloat16 else torch.float32
-            self.view.abstracts = Abstracts(shape.kv_heads, shape.key_dim, kept)
+            means = options.policy in _BY_MEANS
+            self.view.abstracts = Abstracts(shape.kv_heads, shape.key_dim, _kept(shape), means=means)
+            self.view.abstracts.reserve(chunks)
         self.ahead = Ahead()
         self.mass: torch.Tensor | None = None  # [heads, chunks] of the prompt's last queries
         self.factor = 1.0  # of the budget, by how the layer's attention is spread
@@ -86,6 +97,10 @@ class SparseRow:
     def copy(self) -> SparseRow:
         """The same, for a sequence that goes on from here otherwise."""
         return copy.deepcopy(self)
+
+
+def _kept(shape: KVShape) -> torch.dtype:
+    return shape.dtype if shape.dtype is torch.bfloat16 else torch.float32
 
 
 def share_out(rows: Sequence[SparseRow]) -> None:

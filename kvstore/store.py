@@ -38,7 +38,7 @@ from tiers import (
 WRITERS = 2  # writes in flight: the disk's queue is for reads
 RING = 8  # slots that chunks pass through: as many reads in flight as a disk needs
 LEAST_RING = 2  # one being attended to, one on its way
-SPARSE_TOKENS = 16
+SPARSE_TOKENS = ((16, 4096), (32, 16384), (64, 1 << 62))  # of a chunk, for sequences up to
 _RUN = 64  # most chunks attended to in one call
 _POOL = "kv"
 
@@ -116,6 +116,7 @@ class ChunkStore:
         sparse: SparseOptions | None = None,
     ) -> None:  # fmt: skip
         self._disk = disk
+        self._capacity = capacity
         self.tokens = tokens or shape.chunk_tokens()
         self.slot_nbytes = shape.chunk_nbytes(self.tokens)
         self.slots = slots_for(resident, self.slot_nbytes, layers, batch, capacity, self.tokens)
@@ -152,7 +153,11 @@ class ChunkStore:
                 )
             self._shapes[layer] = shape, tokens
         tokens = self._shapes[layer][1]
-        sparse = SparseRow(self.sparse, layer, shape, tokens) if self.sparse is not None and not window else None
+        sparse = (
+            SparseRow(self.sparse, layer, shape, tokens, -(-self._capacity // tokens))
+            if self.sparse is not None and not window
+            else None
+        )
         return ChunkList(self, layer, tokens, sparse)
 
     def shape_of(self, layer: int) -> KVShape:
@@ -342,7 +347,10 @@ class ChunkStore:
 def chunk_tokens(shape: KVShape, capacity: int, *, sparse: bool = False) -> int:
     """Tokens of a chunk for sequences of so many: what a disk reads well, and at most an eighth of a sequence, so that
     the chunks being filled are not most of what is kept. `sparse` ones are shorter: few of their tokens are wanted."""
-    tokens = min(shape.chunk_tokens(), SPARSE_TOKENS if sparse else MOST_TOKENS)
+    most = MOST_TOKENS
+    if sparse:  # a few hundred chunks at most: their abstracts stay in memory, and all are looked at
+        most = next((tokens for tokens, up_to in SPARSE_TOKENS if capacity <= up_to), SPARSE_TOKENS[-1][0])
+    tokens = min(shape.chunk_tokens(), most)
     while tokens > LEAST_TOKENS and tokens * 8 > capacity:
         tokens //= 2
     return tokens

@@ -85,9 +85,9 @@ def plan(
 
     `model` may also be the name of a known model that is not here, or a folder that has only a `config.json`.
     `hardware` is the name of a described machine or a file that describes one; left out, this machine. Options: `ram`,
-    `vram`, `resident`, `device`, `dtype`, `context`, `link`, `overrides` as for `load`; the workload is `batch`
-    sequences of `prompt_tokens`, continued by `new_tokens` each. Without `alternatives`, batches and what-ifs are left
-    out. Raises `UsageError`, `ModelError`, `BudgetError`.
+    `vram`, `resident`, `device`, `dtype`, `context`, `kv_resident`, `link`, `overrides` as for `load`; the workload is
+    `batch` sequences of `prompt_tokens`, continued by `new_tokens` each. Without `alternatives`, batches and what-ifs
+    are left out. Raises `UsageError`, `ModelError`, `BudgetError`.
     """
     from offload.config import RunConfig
 

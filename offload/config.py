@@ -32,8 +32,9 @@ class RunConfig:
     `record_routing`: file to write what routers chose to, when the model is closed (`moe.traces`).
     `replay_routing`: such a file, whose routing is followed in place of the model's own: to measure real routing on
     random weights; what the model says means nothing then.
-    `kv_resident`: keys and values kept in memory, bytes or a percentage of a request's at full length; the others lie
-    on disk, in an unnamed file in `spill_dir` (None: in the cache folder) of at most `disk` bytes.
+    `kv_resident`: keys and values kept in memory, bytes or a percentage of a request's at full length (None: the
+    planner decides where `context` is given, else all); the others lie on disk, in an unnamed file in `spill_dir`
+    (None: in the cache folder) of at most `disk` bytes.
     `kv_budget`: sparse attention, which changes what the model says: so many tokens, or that percentage of those there
     are, are attended to by each new token, chosen by `kv_policy` (`kvstore.selection`); with `kv_by_layer` the layers
     share what they may attend to by how their attention is spread over the prompt.

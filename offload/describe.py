@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvstore import KVShape
+from kvstore.store import RING, chunk_tokens
 from offload import hf, plan_cache
 from offload.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint
 from offload.gather import Extent, Gather
 from offload.layout import LaidOut, ModelLayout, lay_out_model
 from offload.planning.facts import ModelFacts, facts_of
+from offload.planning.keys import KVDemand
 from offload.planning.placement import Demand
 from tiers import Block, ModelError
 
@@ -100,9 +103,34 @@ def _described(
         activations=lambda new, context: hf.activation_bytes(config, new, context, itemsize, eager),
         max_context=hf.Shape.of(config).max_context,
         whole_prompt=config.model_type in hf.NO_CHUNKED_PREFILL,
+        tiered=_tiered(config, model, layout.dtype),
     )
     facts = facts_of(layout, config, folder.resolve().name, notes)
     return Description(folder, config, model, layout, demand, facts, checkpoint)
+
+
+def _tiered(config: PreTrainedConfig, model: PreTrainedModel, dtype: torch.dtype) -> KVDemand | None:
+    """What keys and values over memory and disk ask of memory; None for a family that cannot have them there."""
+    layers = hf.kv_layers(config, dtype.itemsize)
+    spilled = [y.per_token for y in layers if y.spills]
+    if not sum(spilled) or not hf.attention_is_replaceable(model):
+        return None
+    stays = sum(0 if y.spills else y.per_token for y in layers)
+    states = sum(y.state for y in layers)
+    one = KVShape(1, max(spilled) // dtype.itemsize, 0, dtype)
+    shape = hf.Shape.of(config)
+    width = shape.heads * shape.head_dim
+
+    def activations(new: int, context: int) -> int:
+        # scores are never made; partial results in float32, and what is gathered of the past
+        return hf.activation_bytes(config, new, 0, dtype.itemsize, False) + 3 * 4 * new * width + 4 * 1024 * width * 4
+
+    return KVDemand(
+        per_token=sum(spilled),
+        ring=lambda tokens: RING * one.chunk_nbytes(chunk_tokens(one, tokens)),
+        others=lambda tokens: stays * tokens + states,
+        activations=activations,
+    )
 
 
 def _quantisation(folder: Path) -> dict[str, Any] | None:

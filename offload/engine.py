@@ -35,7 +35,7 @@ from offload.planning.calibration import Calibration
 from offload.planning.placement import READERS, Budgets, Overrides, Plan
 from offload.planning.predict import Prediction, Workload, predict
 from offload.planning.search import choose
-from offload.sizes import parse_rate, parse_size
+from offload.sizes import parse_part, parse_rate, parse_size
 from offload.stats import RequestStats, StepStats
 from tiers import (
     CpuDevice,
@@ -81,9 +81,7 @@ class Engine:
         self.on_pass: Callable[[Cache | None, torch.Tensor], None] | None = None  # told of each that ended well
         self._prefilled = self._prefill_total = 0
         self._lock = threading.RLock()
-        description = describe(folder, config.dtype)
-        self.kv = KV(description, config)
-        self.description = description = replace(description, demand=self.kv.demand)
+        self.description = description = describe(folder, config.dtype)
         self.hf_config, self.hf, self.layout = description.config, description.model, description.layout
         assert description.checkpoint is not None
         self.device = make_device(config)
@@ -108,10 +106,15 @@ class Engine:
                 else None
             ),
             context=config.context,
+            kv_resident=_kv_resident(config),
         )
         machine = self.calibration.apply(self.machine)
         overrides = Overrides.of(config.overrides or {})
-        self.plan: Plan = choose(description, budgets, machine, Workload(), self.calibration.routing, overrides).plan
+        workload = Workload()
+        if config.context is not None:  # who asks for so many tokens will have them
+            workload = replace(workload, past_tokens=max(0, config.context - workload.context))
+        self.plan: Plan = choose(description, budgets, machine, workload, self.calibration.routing, overrides).plan
+        self.kv = KV(description, config, self.plan)
         self.steps: list[StepStats] = []
         self.trace = Trace() if config.trace is not None else None
         self.notes: list[str] = []  # what a user should know and has not been told
@@ -195,6 +198,8 @@ class Engine:
     def learn(self, workload: Workload, stats: RequestStats) -> None:
         """Compare a request with its prediction, and keep what it teaches for the next plan."""
         stats.prediction = self.predict(workload)
+        if self.plan.kv_tiered:  # see `calibration`
+            return
         learned = calibration.learn(
             self.calibration,
             self.calibration.apply(self.machine).rates,
@@ -420,6 +425,13 @@ def device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
     if config.vram is None:
         raise UsageError("--device emulated needs --vram, the size of the memory to emulate")
     return 0, parse_size(config.vram, of=mem.available(), flag="--vram")
+
+
+def _kv_resident(config: RunConfig) -> int | float | None:
+    """What is to be kept in memory; sparse attention is over chunks even if all of them are."""
+    if config.kv_resident is None and config.kv_budget is not None:
+        return 1.0
+    return parse_part(config.kv_resident, flag="--kv-resident")
 
 
 def ram_budget(config: RunConfig) -> int:

@@ -38,6 +38,7 @@ EXPERTS = "offload"  # the name our experts function is registered under
 _QUANT_SUFFIX = re.compile(
     r"(weight_scale(_inv)?|scales?|zeros?|qweight|qzeros|g_idx|weight_packed|absmax|quant_map|blocks|input_scale)$"
 )
+SPILLED = ("full_attention", "sliding_attention")  # layer types whose keys and values may lie on disk
 # families whose recurrent state transformers itself computes wrongly when a prompt comes in several chunks
 NO_CHUNKED_PREFILL = frozenset({"jamba", "mamba", "mamba2", "bamba", "falcon_mamba", "zamba", "zamba2", "nemotron_h"})
 
@@ -377,11 +378,15 @@ def _largest(config: Any, name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """What one layer keeps of a sequence: bytes per token (of the last `window` tokens), and bytes of state."""
+    """What one layer keeps of a sequence: bytes per token (of the last `window` tokens), and bytes of state.
+
+    `spills`: what it keeps of tokens can be written to disk and attended to from there.
+    """
 
     per_token: int
     window: int | None
     state: int
+    spills: bool = False
 
 
 def kv_layers(config: PreTrainedConfig, itemsize: int) -> list[LayerCache]:
@@ -408,7 +413,7 @@ def kv_layers(config: PreTrainedConfig, itemsize: int) -> list[LayerCache]:
         attends = kind not in ("conv", "linear_attention", "dummy")
         recurs = kind not in ("full_attention", "sliding_attention", "chunked_attention", "dummy")
         window = kwargs.get("sliding_window") or None
-        layers.append(LayerCache(per_token if attends else 0, window, recurrent if recurs else 0))
+        layers.append(LayerCache(per_token if attends else 0, window, recurrent if recurs else 0, kind in SPILLED))
     return layers
 
 
@@ -446,6 +451,12 @@ def activation_bytes(config: PreTrainedConfig, tokens: int, context: int, itemsi
 def uses_eager_attention(model: PreTrainedModel) -> bool:
     """Whether attention materialises its scores."""
     return bool(model.config.get_text_config(decoder=True)._attn_implementation == "eager")
+
+
+def attention_is_replaceable(model: PreTrainedModel) -> bool:
+    """Whether attention goes through the attention interface; others compute their own, whatever is asked for."""
+    forwards = {inspect.unwrap(type(m).forward) for m in model.modules()}
+    return any("ALL_ATTENTION_FUNCTIONS" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in forwards)
 
 
 def _one_line(e: BaseException) -> str:

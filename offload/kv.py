@@ -7,7 +7,6 @@ All in memory, in transformers' own attention, as long as that is what the plan 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,28 +14,35 @@ from transformers.cache_utils import Cache
 
 from kvstore import ChunkStore, KVDisk, KVShape, SparseOptions, TieredCache, chunk_tokens, make_cache, slots_for
 from moe import kernels
-from offload import attention, hf
+from offload import attention
 from offload.attention import Attention
 from offload.config import RunConfig
 from offload.describe import Description
-from offload.planning.placement import Demand
+from offload.planning.placement import Plan
 from offload.sizes import format_size, parse_budget, parse_size
 from tiers import DirectReader, Trace, TransferQueue, UsageError
 from tiers.folders import cache_folder
 
 
-class KV:
-    """Made before the plan, which reserves by its `demand`; connected after; closed with the engine."""
+def sparse_options(config: RunConfig) -> SparseOptions | None:
+    """What was asked for of sparse attention; None: nothing."""
+    budget = parse_budget(config.kv_budget)
+    return SparseOptions(budget, config.kv_policy, config.kv_by_layer) if budget is not None else None
 
-    def __init__(self, description: Description, config: RunConfig) -> None:
+
+class KV:
+    """Acts on a plan, once it is connected; closed with the engine."""
+
+    def __init__(self, description: Description, config: RunConfig, plan: Plan) -> None:
         self._config = config
         self._hf_config = description.config
-        self._itemsize = description.layout.dtype.itemsize
-        budget = parse_budget(config.kv_budget)
-        self.sparse = SparseOptions(budget, config.kv_policy, config.kv_by_layer) if budget is not None else None
-        self._resident = config.kv_resident or "100%"
-        self.tiered = config.kv_resident is not None or budget is not None
-        self.demand = self._tiered_demand(description.demand) if self.tiered else description.demand
+        self.sparse = sparse_options(config)
+        if self.sparse is not None and getattr(self._hf_config.get_text_config(decoder=True), "kv_lora_rank", None):
+            raise UsageError("--kv-budget: this model keeps compressed latents, of which no bound is known")
+        self.tiered = plan.kv_tiered
+        tiered = description.demand.tiered
+        # what the plan reserves, less what other layers keep
+        self._reserved = plan.kv - (tiered.others(plan.context) if tiered is not None else 0)
         self.attention: Attention | None = None
         self._disk: KVDisk | None = None
         self._interrupted: Callable[[], bool] | None = None
@@ -69,7 +75,10 @@ class KV:
             assert self._disk is not None
             tokens = self._chunk or chunk_tokens(shape, capacity, sparse=self.sparse is not None)
             whole = count * batch * -(-capacity // tokens) * shape.chunk_nbytes(tokens)
-            wanted = parse_size(self._resident, of=whole, flag="--kv-resident")
+            asked = self._config.kv_resident
+            wanted = parse_size(asked, of=whole, flag="--kv-resident") if asked is not None else self._reserved
+            if self.sparse is not None:
+                wanted -= count * batch * self.sparse.abstract_nbytes(shape, capacity, tokens)
             store = ChunkStore(
                 self._disk,
                 shape,
@@ -82,9 +91,9 @@ class KV:
                 sparse=self.sparse,
             )
             least = slots_for(0, store.slot_nbytes, count, batch, capacity, tokens)
-            if store.slots == least and store.slots * store.slot_nbytes > wanted:
+            if asked is not None and store.slots == least and store.slots * store.slot_nbytes > wanted:
                 self._notes.append(
-                    f"--kv-resident {self._config.kv_resident} is raised to "
+                    f"--kv-resident {asked} is raised to "
                     f"{format_size(store.slots * store.slot_nbytes)}, the smallest that works for this request"
                 )
             return store
@@ -95,38 +104,3 @@ class KV:
         """Stop the writers."""
         if self._disk is not None:
             self._disk.close()
-
-    def _tiered_demand(self, demand: Demand) -> Demand:
-        """What a cache over tiers reserves: what is to stay, and at least the chunks being filled and a ring.
-
-        The chunks of a request are at most an eighth of it long, so that those being filled are an eighth of all.
-        """
-        layers = hf.kv_layers(self._hf_config, self._itemsize)
-        kinds = [layer is None or isinstance(layer, int) for layer in attention.cache_layers(self._hf_config)]
-        tiered = [y for y, mine in zip(layers, kinds, strict=False) if mine]
-        per_token = sum(y.per_token for y in tiered)
-        states = sum(y.state for y in layers)
-        others = sum(y.per_token for y, mine in zip(layers, kinds, strict=False) if not mine)
-        if not per_token:
-            raise UsageError("--kv-resident: this model keeps no keys and values that could lie anywhere else")
-        asked = self._resident
-        if self.sparse is not None and getattr(self._hf_config.get_text_config(decoder=True), "kv_lora_rank", None):
-            raise UsageError("--kv-budget: this model keeps compressed latents, of which no bound is known")
-
-        def kv(tokens: int) -> int:
-            whole = per_token * tokens
-            wanted = parse_size(asked, of=whole, flag="--kv-resident")
-            ring = 4 << 20
-            return min(max(wanted, whole // 8 + 16 * per_token + ring), whole + ring) + others * tokens + states
-
-        eager = False  # scores are never made
-
-        def activations(new: int, context: int) -> int:
-            return hf.activation_bytes(self._hf_config, new, 0, self._itemsize, eager) + self._blocks(new)
-
-        return replace(demand, kv=kv, activations=activations)
-
-    def _blocks(self, new: int) -> int:
-        """Temporaries of attention over chunks: partial results, and what is gathered of the past."""
-        shape = hf.Shape.of(self._hf_config)
-        return 3 * 4 * new * shape.heads * shape.head_dim + 4 * 1024 * shape.heads * shape.head_dim * 4

@@ -49,6 +49,14 @@ def parse_size(text: str | int, *, of: int | None = None, flag: str = "size") ->
     return size
 
 
+def parse_part(text: str | int | None, *, flag: str) -> int | float | None:
+    """Bytes, or the share above 0 and up to 1 that a percentage means, as a float. Raises `UsageError`."""
+    if text is None:
+        return None
+    size = parse_size(text, of=_LARGEST, flag=flag)
+    return size / _LARGEST if isinstance(text, str) and _PERCENT.fullmatch(text) else size
+
+
 def parse_rate(text: str, *, flag: str) -> float:
     """Bytes per second meant by `text` (`8GB`, `8GB/s`). Raises `UsageError`."""
     return float(parse_size(str(text).strip().removesuffix("/s"), flag=flag))

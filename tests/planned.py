@@ -12,6 +12,7 @@ from offload.describe import Description
 from offload.gather import Extent, Gather
 from offload.layout import ExpertGroup, LaidOut, LayerLayout, ModelLayout, Table
 from offload.planning.facts import LayerFacts, ModelFacts
+from offload.planning.keys import KVDemand
 from offload.planning.machine import Machine, Rates
 from offload.planning.placement import READERS, RESERVE, Budgets, Demand
 from tiers import CHUNK, PAGE, Block
@@ -69,6 +70,21 @@ def facts(layers: list[LayerFacts], head: int = 0, **changes: Any) -> ModelFacts
         ),
         **changes,
     )  # fmt: skip
+
+
+def kv_demand(about: ModelFacts, ring: int = 8 * 64) -> Demand:
+    """Of a model whose keys and values may lie on disk; `ring` tokens of one layer pass through."""
+    each = max(y.kv_bytes for y in about.layers)
+    tiered = KVDemand(
+        per_token=about.kv_bytes_per_token, ring=lambda tokens: ring * each, others=lambda tokens: 0,
+        activations=lambda new, context: new * 8 * about.hidden,
+    )  # fmt: skip
+    return Demand(
+        kv=lambda tokens: tokens * about.kv_bytes_per_token,
+        activations=lambda new, context: new * 8 * about.hidden + context * 64,
+        max_context=about.max_context,
+        tiered=tiered,
+    )
 
 
 def description(about: ModelFacts, demand: Demand | None = None) -> Description:

@@ -65,7 +65,7 @@ def test_json_has_every_field(told: dict[str, Any]) -> None:
     assert json.loads(json.dumps(told)) == told
     rows = told["placement"]
     assert {r["tier"] for r in rows} == {"device", "host", "disk"}
-    assert all(set(r) == {"tier", "what", "nbytes", "share"} and r["nbytes"] >= 0 for r in rows)
+    assert all(set(r) == {"tier", "what", "nbytes", "share", "of"} and r["nbytes"] >= 0 for r in rows)
     assert told["predicted_decode_tokens_per_s"] > 0
     assert told["predicted_ttft_s"] > 0
     assert told["bottleneck"] in ("compute", "link", "disk")

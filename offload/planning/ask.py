@@ -16,7 +16,7 @@ from offload.planning.predict import Workload
 from offload.planning.report import Report, report
 from offload.planning.routing import EVEN
 from offload.resolve import resolve_for_plan
-from offload.sizes import parse_size
+from offload.sizes import parse_part, parse_size
 from tiers import UsageError
 from tiers import memory as mem
 
@@ -43,6 +43,7 @@ def ask(
         else None
     )
     context = config.context or workload.context
+    kept = parse_part(config.kv_resident, flag="--kv-resident")
     routing = EVEN
     machine: Machine
     if wanted is not None:
@@ -53,7 +54,7 @@ def ask(
             raise UsageError(f"--vram: {name} has no device with memory of its own")
         ram = _size(config.ram, machine.ram_bytes, "--ram")
         vram = _size(config.vram, machine.vram_bytes, "--vram") if machine.link_bytes_per_s is not None else None
-        budgets = Budgets(ram, _BASE, vram, _DEVICE_BASE if vram is not None else 0, resident, context)
+        budgets = Budgets(ram, _BASE, vram, _DEVICE_BASE if vram is not None else 0, resident, context, kept)
     else:
         device = make_device(config)
         device_base, vram = device_budget(config, device)
@@ -61,7 +62,7 @@ def ask(
         machine = hardware.machine_of(folder, device, ram=ram, vram=vram)
         known = calibration.load(hardware.identity(folder, device), description.facts)
         machine, routing = known.apply(machine), known.routing
-        budgets = Budgets(ram, max(_BASE, mem.rss()), vram, device_base, resident, context)
+        budgets = Budgets(ram, max(_BASE, mem.rss()), vram, device_base, resident, context, kept)
     if config.expert_compute == "device":
         machine = replace(machine, host_rates=None)
     overrides = Overrides.of(config.overrides or {})

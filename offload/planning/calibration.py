@@ -2,6 +2,9 @@
 
 A run whose speed was predicted within a tenth teaches nothing. Any other corrects, by name and with the reason: how
 long compute takes at this many tokens, how fast the disk was read, how often a token's expert was its predecessor's.
+
+Runs whose keys and values lie on disk teach nothing (`Engine.learn`): attention over chunks, and a disk that is written
+to meanwhile, would be taken for slow products and a slow disk, and plans without either would be the worse for it.
 """
 
 from __future__ import annotations

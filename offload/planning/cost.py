@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from offload.planning.facts import LayerFacts, ModelFacts
 from offload.planning.machine import Rates
 
+TIERED_READ, TIERED_WORK = 1.0, 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -38,21 +40,51 @@ class Pass:
         return self.sequences * self.new
 
 
-def layer_s(facts: ModelFacts, layer: LayerFacts, rates: Rates, p: Pass) -> float:
-    """Seconds of a layer without its experts."""
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes of a layer's keys and values that a pass reads from disk, which is `share` of those it attends to, and
+    bytes that it writes there."""
+
+    read: float
+    written: float
+    share: float
+
+
+def moved(layer: LayerFacts, p: Pass, kept: float) -> Moved:
+    """What a layer moves where `kept` tokens, of all sequences together, stay in memory: the first ones, or, behind a
+    window, as many of those it sees."""
+    if not layer.spills or not layer.kv_bytes:
+        return Moved(0.0, 0.0, 0.0)
+    stays = kept / p.sequences
+    past = min(p.context, layer.window or p.context)
+    away = max(0.0, past - stays)
+    held = min(stays, layer.window or stays)  # what a window leaves behind is written, too
+    written = min(float(p.new), max(0.0, p.context + p.new - held))
+    each = p.sequences * layer.kv_bytes
+    return Moved(away * each, written * each, away / (past + (p.new + 1) / 2))
+
+
+def layer_s(facts: ModelFacts, layer: LayerFacts, rates: Rates, p: Pass, *, tiered: bool = False) -> float:
+    """Seconds of a layer without its experts; `tiered`: its keys and values are attended to chunk by chunk."""
     seconds = rates.layer_call_s + rates.linear_s(facts.dtype, layer.matrix_bytes, p.tokens, layer.matrices)
     seconds += rates.elementwise_s * p.tokens * facts.hidden
-    return (seconds + attention_s(layer, rates, p)) * rates.correction(p.tokens)
+    return (seconds + attention_s(layer, rates, p, tiered=tiered)) * rates.correction(p.tokens)
 
 
-def attention_s(layer: LayerFacts, rates: Rates, p: Pass) -> float:
+def attention_s(layer: LayerFacts, rates: Rates, p: Pass, *, tiered: bool = False) -> float:
     """Seconds of attention over what is cached: whichever is more, reading it or multiplying it."""
     seen = p.context + (p.new + 1) / 2  # mean over the new tokens: each sees those before it
     if layer.window is not None:
         seen = min(seen, layer.window)
     read = p.sequences * seen * layer.kv_bytes / rates.attention_bytes_per_s
     work = p.tokens * seen * layer.attention_flops / rates.attention_flops_per_s
-    return max(read, work)
+    return max(read * TIERED_READ, work * TIERED_WORK) if tiered and layer.spills else max(read, work)
+
+
+def chunkwise_s(layer: LayerFacts, rates: Rates, p: Pass) -> float:
+    """Seconds that attention over tiers takes longer than torch's own."""
+    apart = attention_s(layer, rates, p, tiered=True) - attention_s(layer, rates, p)
+    return apart * rates.correction(p.tokens)
 
 
 def expert_s(facts: ModelFacts, layer: LayerFacts, rates: Rates, p: Pass, distinct: int) -> float:

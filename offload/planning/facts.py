@@ -21,7 +21,7 @@ class LayerFacts:
     `parts` are the bytes of its dense blocks by key, `matrix_bytes` those of its dense weights that take part in
     products, `matrices` of them; an expert has `expert_matrices`. `kv_bytes` is per token of context, at most `window`
     tokens of it if there is a window; `state_bytes` is per sequence, whatever its length. `attention_flops` is per pair
-    of a query and a context token.
+    of a query and a context token. `spills`: its keys and values may lie on disk.
     """
 
     parts: tuple[tuple[str, int], ...]
@@ -35,6 +35,7 @@ class LayerFacts:
     window: int | None
     state_bytes: int
     attention_flops: int
+    spills: bool = True
 
     @property
     def dense_bytes(self) -> int:
@@ -120,6 +121,7 @@ def facts_of(layout: ModelLayout, config: PreTrainedConfig, name: str, notes: tu
                 window=cache.window,
                 state_bytes=cache.state,
                 attention_flops=4 * shape.heads * shape.head_dim if cache.per_token else 0,
+                spills=cache.spills,
             )
         )
     head = ((layout.head.block.key, layout.head.block.nbytes),) if layout.head is not None else ()

@@ -8,6 +8,7 @@ one pass lie where compute is: in `ram` on a CPU, in `vram` on a device with mem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from offload.layout import ExpertGroup, LaidOut, ModelLayout
+from offload.planning.keys import SHARES, WORTH, KVDemand, KVTiers, Way
 from offload.sizes import ceil_mib, format_size
 from tiers import CHUNK, PAGE, Block, BudgetError, UsageError, page_up
 
@@ -66,7 +68,8 @@ class Plan:
     """Where everything lives. Sizes in bytes; `prefill_chunk` and `context` in tokens.
 
     `host` is what RAM holds for the device (on a CPU: everything there is), `device` what device memory holds.
-    `smallest` is the least budget of the memory computed in, `smallest_ram` that of `--ram`.
+    `smallest` is the least budget of the memory computed in, `smallest_ram` that of `--ram`. `kv` is reserved in memory
+    for keys and values; `kv_tiers` tells how much of them that is, None where it is all of them.
     """
 
     ram: int
@@ -82,6 +85,17 @@ class Plan:
     weight_bytes: int
     smallest: int
     smallest_ram: int = 0
+    kv_tiers: KVTiers | None = None
+
+    @property
+    def kv_tiered(self) -> bool:
+        """Whether keys and values lie over memory and disk."""
+        return self.kv_tiers is not None
+
+    @property
+    def kv_share(self) -> float:
+        """Share of the context's keys and values kept in memory, in tokens."""
+        return self.kv_tiers.share if self.kv_tiers is not None else 1.0
 
     @property
     def compute(self) -> TierPlan:
@@ -115,23 +129,61 @@ class Plan:
             parts.append(f"{self.expert_slots} of {self.experts_total} experts cached")
         if self.compute.stream is not None:
             parts.append("the other layers streamed")
-        parts.append(f"context {self.context}")
+        kept = f" ({100 * self.kv_share:.0f}% of its keys and values in memory)" if self.kv_tiered else ""
+        parts.append(f"context {self.context}{kept}")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a model asks of memory beside its weights, as functions of tokens."""
+    """What a model asks of memory beside its weights, as functions of tokens.
+
+    `kv` and `activations` hold where all keys and values are in memory; `tiered` where some are on disk (None: those of
+    this family cannot be).
+    """
 
     kv: Callable[[int], int]
     activations: Callable[[int, int], int]  # (new tokens in one pass, tokens of context)
     max_context: int
     whole_prompt: bool = False  # prompts of this family must be computed in one pass
+    tiered: KVDemand | None = None
+
+    def way(self, asked: int | float | None) -> Way:
+        """Keep `asked`, bytes or a share, of keys and values in memory (None: all)."""
+        tiered = self.tiered
+        if asked is None:
+            return Way(self.kv, self.activations, lambda tokens: None)
+        if tiered is None:
+            raise UsageError("--kv-resident: this model keeps no keys and values that could lie anywhere else")
+        return Way(
+            lambda tokens: tiered.resident(tokens, asked) + tiered.others(tokens),
+            tiered.activations,
+            lambda tokens: tiered.tiers(tokens, asked),
+        )
+
+    def ways(self, budgets: Budgets) -> list[Way]:
+        """The ways to keep keys and values that a plan may choose among, most in memory first.
+
+        Nobody asked to have them on disk who did not say how long the context is to be; and a device's attention reads
+        its own memory only.
+        """
+        if budgets.kv_resident is not None:
+            return [self.way(budgets.kv_resident)]
+        ways = [self.way(None)]
+        if self.tiered is None or budgets.context is None or budgets.vram is not None:
+            return ways
+        context = min(budgets.context, self.max_context)
+        whole, ring = self.tiered.whole(context), self.tiered.ring(context)
+        fewer = [self.way(int(whole * share) + ring) for share in SHARES]
+        return ways + [w for w in fewer if w.kv(context) < self.kv(context)]  # windows may keep less than a share is
 
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """What may be used. `vram` is None where compute is on the host; `device_base` is what the device takes itself."""
+    """What may be used. `vram` is None where compute is on the host; `device_base` is what the device takes itself.
+
+    `kv_resident`: keys and values kept in memory, bytes or, as a float, a share; None leaves it to the planner.
+    """
 
     ram: int
     base: int
@@ -139,6 +191,7 @@ class Budgets:
     device_base: int = 0
     resident: int | None = None
     context: int | None = None
+    kv_resident: int | float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,16 +226,28 @@ class Overrides:
         return any(getattr(self, f.name) is not None for f in fields(self) if f.name != "kv_chunk")
 
 
-# seconds a placement is expected to take: (host, device or None, prefill chunk); a cheap bound first, then the real one
-Score = Callable[[TierPlan, "TierPlan | None", int], float]
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a placement is used with: tokens of a prompt computed in one pass, and keys and values (None: in memory)."""
+
+    chunk: int
+    kv: KVTiers | None = None
+
+
+# seconds a placement is expected to take: (host, device or None, use); a cheap bound first, then the real one
+Score = Callable[[TierPlan, "TierPlan | None", Use], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How the planner compares placements: `bound` is cheap and asked often, `exact` of the few best ones."""
+    """How the planner compares placements: `bound` is cheap and asked often, `exact` of the few best ones.
+
+    `widest` is the most tokens a pass could have: room for more is of no use.
+    """
 
     bound: Score
     exact: Score
+    widest: int = 1 << 62
 
 
 def make_plan(
@@ -203,13 +268,15 @@ def make_plan(
         raise UsageError(f"--context {context} is more than the model's {demand.max_context}")
     least_context = context or min(MIN_CONTEXT, demand.max_context)
 
-    def overhead(tokens: int, chunk: int) -> tuple[int, int]:
+    ways = demand.ways(budgets)
+
+    def overhead(tokens: int, chunk: int, way: Way) -> tuple[int, int]:
         chunk = tokens if demand.whole_prompt else min(chunk, tokens)
-        return demand.kv(tokens), demand.activations(chunk, tokens)
+        return way.kv(tokens), way.activations(chunk, tokens)
 
     # the smallest placement, and with it the smallest budgets
     model = _Weights.of(layout)
-    least = sum(overhead(least_context, MIN_CHUNK))
+    least = min(sum(overhead(least_context, MIN_CHUNK, way)) for way in ways)
     tight, streaming = model.smallest(), model.place(_Room.none())
     assert streaming is not None
     below = model.below(streaming).place(_Room.none()) if vram is not None else None  # enough under any other, too
@@ -229,10 +296,11 @@ def make_plan(
 
     # tokens: a longer context and a wider pass, as far as they do not cost much of the room for weights
     spare = compute_budget - smallest
+    way = ways[0]
     chunks = [MIN_CHUNK]
     for candidate in CHUNKS[1:]:
-        extra = demand.activations(candidate, least_context) - demand.activations(MIN_CHUNK, least_context)
-        wanted = demand.activations(candidate, least_context)
+        extra = way.activations(candidate, least_context) - way.activations(MIN_CHUNK, least_context)
+        wanted = way.activations(candidate, least_context)
         if extra <= spare // 4 and wanted <= max(compute_budget // 20, 64 << 20):
             chunks.append(candidate)
     if context is None:
@@ -240,27 +308,29 @@ def make_plan(
         context = least_context
         while context < min(demand.max_context, MAX_DEFAULT_CONTEXT):
             wider = min(2 * context, demand.max_context, MAX_DEFAULT_CONTEXT)
-            more = sum(overhead(wider, chunks[-1])) - sum(overhead(least_context, chunks[-1]))
+            more = sum(overhead(wider, chunks[-1], way)) - sum(overhead(least_context, chunks[-1], way))
             # KV is reserved whether used or not: while weights must be streamed it gets little of their room
             if more > spare or (more > spare // 16 and spare - more < whole):
                 break
             context = wider
     if scores is not None:  # they tell what a wider pass is worth in weights
-        chunks = [c for i, c in enumerate(CHUNKS) if i == 0 or CHUNKS[i - 1] < context]
+        chunks = [c for i, c in enumerate(CHUNKS) if i == 0 or CHUNKS[i - 1] < min(context, scores.widest)]
     if by_hand.prefill_chunk is not None:
         chunks = [by_hand.prefill_chunk]
     elif demand.whole_prompt:
         chunks = [context]
-    rooms = {}
-    for chunk in chunks:
-        left = compute_budget - compute_fixed - sum(overhead(context, chunk))
-        if left >= tight.arena or chunk == chunks[0]:
-            rooms[chunk] = left
-
-    # weights: what is left, first where they are computed on, then in the tier below
+    rooms: dict[Use, _Room] = {}
+    taken: dict[Use, tuple[int, int]] = {}
     cap = budgets.resident if budgets.resident is not None else 1 << 62
     reserved = below.resident if below is not None else 0
+    for way, chunk in [(w, c) for w in reversed(ways) for c in chunks]:  # the last one that fits is taken unasked
+        use = Use(chunk, way.tiers(context))
+        taken[use] = overhead(context, chunk, way)
+        left = compute_budget - compute_fixed - sum(taken[use])
+        if left >= tight.arena or not rooms:
+            rooms[use] = _Room(left, cap - reserved)
 
+    # weights: what is left, first where they are computed on, then in the tier below
     def under(above: TierPlan) -> TierPlan:
         """What the host holds of what the device does not."""
         host = model.below(above).place(_Room(ram - fixed, cap - above.resident))
@@ -270,13 +340,13 @@ def make_plan(
     def both(placed: TierPlan) -> tuple[TierPlan, TierPlan | None]:
         return (under(placed), placed) if vram is not None else (placed, None)
 
-    candidates = _candidates(model, {c: _Room(left, cap - reserved) for c, left in rooms.items()}, by_hand, scores)
+    candidates = _candidates(model, rooms, by_hand, scores)
     if scores is None or len(candidates) == 1:
-        chunk, placed = candidates[-1]
+        use, placed = candidates[-1]
     else:
-        chunk, placed = _fastest(candidates, both, scores, len(model.dense))
+        use, placed = _fastest(candidates, both, scores, len(model.dense))
     host, device = both(placed)
-    kv, activations = overhead(context, chunk)
+    kv, activations = taken[use]
     return Plan(
         ram=ram,
         vram=vram or 0,
@@ -287,56 +357,61 @@ def make_plan(
         device=device,
         experts_total=sum(len(g.blocks) for layer in layout.layers for g in layer.experts),
         context=context,
-        prefill_chunk=context if demand.whole_prompt else min(chunk, context),
+        prefill_chunk=context if demand.whole_prompt else min(use.chunk, context),
         weight_bytes=layout.weight_bytes,
         smallest=smallest,
         smallest_ram=least_ram,
+        kv_tiers=use.kv,
     )
 
 
 def _candidates(
-    model: _Weights, rooms: dict[int, _Room], by_hand: Overrides, scores: Scores | None
-) -> list[tuple[int, TierPlan]]:
-    """(prefill chunk, placement) worth comparing; the last one is the choice where nothing is compared."""
+    model: _Weights, rooms: dict[Use, _Room], by_hand: Overrides, scores: Scores | None
+) -> list[tuple[Use, TierPlan]]:
+    """Uses and placements worth comparing; the last one is the choice where nothing is compared."""
     if by_hand.any:
-        found = [(c, p) for c, room in rooms.items() for p in model.options(room, by_hand)]
+        found = [(u, p) for u, room in rooms.items() for p in model.options(room, by_hand)]
         if not found:
             raise UsageError(f"--set: {model.reason(next(iter(rooms.values())), by_hand)}")
         return found
     if scores is None:
-        for chunk, room in reversed(rooms.items()):
+        for use, room in reversed(rooms.items()):
             placed = model.place(room)
             if placed is not None:
-                return [(chunk, placed)]
-    found = [(c, p) for c, room in rooms.items() for p in model.options(room, by_hand)]
+                return [(use, placed)]
+    found = [(u, p) for u, room in rooms.items() for p in model.options(room, by_hand)]
     assert found, "the smallest plan fits, so some plan does"
     return found
 
 
 def _fastest(
-    candidates: list[tuple[int, TierPlan]],
+    candidates: list[tuple[Use, TierPlan]],
     both: Callable[[TierPlan], tuple[TierPlan, TierPlan | None]],
     scores: Scores,
     layers: int,
-) -> tuple[int, TierPlan]:
+) -> tuple[Use, TierPlan]:
     """The candidate with the best exact score, as far as time allows: in order of bound, until no other can win."""
-    # ties go to the candidate listed first, which streams least; rounding keeps the order of sums out of it
-    bounds = [scores.bound(*both(p), chunk) for chunk, p in candidates]
+
+    def scored(score: Score, i: int) -> float:
+        use, placed = candidates[i]
+        return _rounded(score(*both(placed), use) * (1.0 if use.kv is None else WORTH))
+
+    # ties go to what keeps more keys and values, then to what streams least; rounding keeps the order of sums out of it
     ranked = sorted(
-        (_rounded(s), -p.lookahead, i) for i, (s, (_, p)) in enumerate(zip(bounds, candidates, strict=True))
+        (scored(scores.bound, i), -(u.kv.kept if u.kv is not None else math.inf), -p.lookahead, i)
+        for i, (u, p) in enumerate(candidates)
     )
-    firsts: dict[int, tuple[float, int, int]] = {}  # the bound does not see what lookahead is good for
-    for entry in ranked:
-        firsts.setdefault(entry[1], entry)
-    others = [entry for entry in ranked if entry is not firsts[entry[1]]]
-    best: tuple[float, int, int] | None = None
-    for bound, ahead, i in [*firsts.values(), *others][: max(_LEAST_EXACT, _EXACT_LAYERS // layers)]:
+    # the bound does not see what lookahead is good for, and little of how keys and values are waited for
+    firsts = {e[2]: e for e in reversed(ranked)}
+    of_ways = {e[1]: e for e in reversed(ranked)}
+    order = dict.fromkeys([*sorted(firsts.values(), key=ranked.index), *of_ways.values(), *ranked])
+    best: tuple[float, float, int, int] | None = None
+    for bound, kept, ahead, i in list(order)[: max(_LEAST_EXACT, _EXACT_LAYERS // layers)]:
         if best is None or bound < _SLACK * best[0]:
-            chunk, placed = candidates[i]
-            scored = _rounded(scores.exact(*both(placed), chunk)), ahead, i
-            best = min(best, scored) if best is not None else scored
+            mine = scored(scores.exact, i), kept, ahead, i
+            best = min(best, mine) if best is not None else mine
     assert best is not None
-    return candidates[best[2]]
+    return candidates[best[-1]]
 
 
 def _rounded(seconds: float) -> float:

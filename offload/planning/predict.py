@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
+from offload.planning.keys import KVTiers
 from offload.planning.machine import Machine
 from offload.planning.placement import Plan, TierPlan
 from offload.planning.routing import EVEN, PassMisses, Routing, draw
@@ -66,8 +67,10 @@ class Prediction:
         return self.ttft_s + (workload.new_tokens - 1) * self.decode.seconds
 
 
-def placement(facts: ModelFacts, device: TierPlan | None, host: TierPlan) -> Placement:
-    """What streams where, from the tiers of a plan."""
+def placement(
+    facts: ModelFacts, device: TierPlan | None, host: TierPlan, kv: KVTiers | None = None, context: int = 0
+) -> Placement:
+    """What streams where, from the tiers of a plan; `kv` for a request that grows to `context` tokens."""
     compute = device if device is not None else host
     blocks = [b for layer in facts.layers for b in layer.parts] + list(facts.head)
     kept = set(compute.pinned)
@@ -81,12 +84,15 @@ def placement(facts: ModelFacts, device: TierPlan | None, host: TierPlan) -> Pla
     loaded = not away and slots == facts.experts  # nothing moves any more: experts are there before the first pass
     beside = host.expert_slots if device is not None else 0
     heads = {key for key, _ in facts.head}
-    return Placement(streams, below, ALL if loaded else slots, beside, all(key in heads for key, _ in away))
+    foresees = all(key in heads for key, _ in away)
+    tokens, ring = (kv.kept_of(context), kv.ring) if kv is not None else (None, 0)
+    return Placement(streams, below, ALL if loaded else slots, beside, foresees, tokens, ring)
 
 
 def predict(facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, routing: Routing = EVEN) -> Prediction:
     """How fast `plan` runs `workload`, with what is known of the router."""
-    return simulate(facts, placement(facts, plan.device, plan.host), plan.prefill_chunk, machine, workload, routing)[0]
+    where = placement(facts, plan.device, plan.host, plan.kv_tiers, workload.context)
+    return simulate(facts, where, plan.prefill_chunk, machine, workload, routing)[0]
 
 
 def simulate(
@@ -113,7 +119,7 @@ def simulate(
         past += sum(group)
     decode = _decode(timeline, workload, steps, then)
     needed = facts.bytes_per_token if not routed else _needed(facts, then)
-    up = decode.bytes_up if machine.link_bytes_per_s is not None else decode.bytes_read
+    up = decode.bytes_up if machine.link_bytes_per_s is not None else decode.bytes_read - decode.kv_read
     prediction = Prediction(
         ttft_s=prefill.seconds,
         decode_tokens_per_s=workload.batch / decode.seconds,
@@ -131,7 +137,7 @@ def last_step(
     facts: ModelFacts, plan: Plan, machine: Machine, workload: Workload, routing: Routing = EVEN
 ) -> list[tuple[str, str, float, float]]:
     """(lane, name, start, end) of the last decode step simulated, from its own start, in seconds."""
-    where = placement(facts, plan.device, plan.host)
+    where = placement(facts, plan.device, plan.host, plan.kv_tiers, workload.context)
     _, timeline = simulate(facts, where, plan.prefill_chunk, machine, workload, routing)
     began = timeline.last_began
     return [(lane, name, max(0.0, a - began), b - began) for lane, name, a, b in timeline.slices if b > began]

@@ -23,12 +23,13 @@ _ENOUGH = 1.01  # a larger batch must be this much faster to be worth its memory
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`nbytes` of `what` in `tier`; `share` of the model's weights, where it is weights."""
+    """`nbytes` of `what` in `tier`; `share` of the model's weights, or of the context's keys and values."""
 
     tier: str
     what: str
     nbytes: int
     share: float | None = None
+    of: str = "weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,10 @@ class Report:
             "budgets": {"ram": self.plan.ram, "vram": self.plan.vram},
             "placement": [asdict(r) for r in self.placement],
             "context": self.plan.context,
+            "kv": {
+                "tiered": self.plan.kv_tiered, "share": self.plan.kv_share, "memory_bytes": self.plan.kv,
+                "disk_bytes": _spilled(f, self.plan),
+            },
             "prefill_chunk": self.plan.prefill_chunk,
             "lookahead": self.plan.compute.lookahead,
             "expert_slots": self.plan.expert_slots,
@@ -173,7 +178,10 @@ def _placement(facts: ModelFacts, plan: Plan) -> Iterator[Row]:
     compute = "device" if plan.device is not None else "host"
     if plan.device is not None:
         yield from tier("device", plan.device)
-    yield Row(compute, f"KV for {plan.context} tokens", plan.kv)
+    if plan.kv_tiers is None:
+        yield Row(compute, f"KV for {plan.context} tokens", plan.kv)
+    else:
+        yield Row(compute, f"KV of {plan.kv_tiers.kept:.0f} of {plan.context} tokens", plan.kv, plan.kv_share, "KV")
     yield Row(compute, f"temporaries of {plan.prefill_chunk} tokens at once", plan.activations)
     yield from tier("host", plan.host)
     yield Row("host", "interpreter and libraries", plan.base)
@@ -184,7 +192,19 @@ def _placement(facts: ModelFacts, plan: Plan) -> Iterator[Row]:
     rest = facts.experts - max(plan.expert_slots, plan.host.expert_slots)  # RAM holds the device's experts too
     if rest:
         yield Row("disk", f"{rest} experts read when chosen", rest * expert, rest * expert / weights)
+    if spilled := _spilled(facts, plan):
+        assert plan.kv_tiers is not None
+        gone = plan.context - plan.kv_tiers.kept
+        yield Row("disk", f"KV of {gone:.0f} tokens, read in every pass", spilled, 1 - plan.kv_share, "KV")
     yield Row("disk", "embedding rows, read as needed", facts.embedding_bytes, facts.embedding_bytes / weights)
+
+
+def _spilled(facts: ModelFacts, plan: Plan) -> int:
+    """Bytes of keys and values on disk once the context is full, what windows have left behind included."""
+    if plan.kv_tiers is None:
+        return 0
+    each = sum(y.kv_bytes for y in facts.layers if y.spills)
+    return round(each * (plan.context - plan.kv_tiers.kept))
 
 
 def _best_batch(
@@ -290,7 +310,7 @@ def _lines(r: Report) -> Iterator[str]:
     yield f"on {m.name}: RAM {format_size(r.plan.ram)}{vram}, disk {m.disk_bytes_per_s / 1e9:.3g} GB/s{link}"
     yield ""
     for row in r.placement:
-        share = f"{100 * row.share:5.1f}% of the weights" if row.share is not None else ""
+        share = f"{100 * row.share:5.1f}% of the {row.of}" if row.share is not None else ""
         yield f"  {row.tier:<7} {row.what:<38} {format_size(row.nbytes):>10}  {share}".rstrip()
     yield ""
     yield (
@@ -318,7 +338,8 @@ def bottleneck(p: Prediction, m: Machine) -> str:
     """One sentence: what a decode step waits for."""
     d = p.decode
     if p.bottleneck == "disk":
-        return f"disk: {d.bytes_read / 1e9:.3g} GB read per step at {m.disk_bytes_per_s / 1e9:.3g} GB/s"
+        keys = f", {d.kv_read / 1e9:.3g} of them keys and values" if d.kv_read else ""
+        return f"disk: {d.bytes_read / 1e9:.3g} GB read per step{keys} at {m.disk_bytes_per_s / 1e9:.3g} GB/s"
     if p.bottleneck == "link" and m.link_bytes_per_s is not None:
         return f"link: {d.bytes_up / 1e9:.3g} GB up per step at {m.link_bytes_per_s / 1e9:.3g} GB/s"
     return f"compute: {_seconds(d.compute_s)} of {_seconds(d.seconds)} per step"

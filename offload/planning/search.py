@@ -1,27 +1,31 @@
 """The planner: of the placements that fit, the one that is predicted to serve a workload soonest.
 
-Every placement that differs in what is pinned, in lookahead, in the share of experts and in the prefill chunk is
-compared by a bound (the busiest resource's time, which a perfect schedule would reach); the best of each lookahead, and
-then the others that could still win, are run on the virtual clock. Deterministic.
+Every placement that differs in what is pinned, in lookahead, in the share of experts, in the share of keys and values
+in memory and in the prefill chunk is compared by a bound (the busiest resource's time, which a perfect schedule would
+reach); the best of each lookahead and of each share of keys and values, and then the others that could still win, are
+run on the virtual clock. Deterministic.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from offload.describe import Description
 from offload.planning import cost
 from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
+from offload.planning.keys import KVTiers
 from offload.planning.machine import Machine
-from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, make_plan
+from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, Use, make_plan
 from offload.planning.predict import ALL, Prediction, Workload, chunks_of, placement, predict, simulate
 from offload.planning.routing import EVEN, Routing, absent, crowded, draw
 from offload.planning.timeline import Placement
 
 _PASSES = 4  # over a prompt, drawn for the bound: by then most experts have been used
+_SOME = 32  # passes over a prompt whose reads of keys and values are looked at
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,15 @@ def choose(
 
     known: dict[tuple[Placement, tuple[int, ...]], float] = {}  # many candidates come to the same
 
-    def exact(host: TierPlan, device: TierPlan | None, chunk: int) -> float:
-        where = placement(facts, device, host)
-        key = where, tuple(chunks_of(workload, chunk))
+    def exact(host: TierPlan, device: TierPlan | None, use: Use) -> float:
+        where = placement(facts, device, host, use.kv, workload.context)
+        key = where, tuple(chunks_of(workload, use.chunk))
         if key not in known:
-            known[key] = simulate(facts, where, chunk, machine, workload, routing)[0].total_s(workload)
+            known[key] = simulate(facts, where, use.chunk, machine, workload, routing)[0].total_s(workload)
         return known[key]
 
-    plan = make_plan(described.layout, described.demand, budgets, Scores(bound, exact), overrides)
+    scores = Scores(bound, exact, workload.batch * workload.prompt_tokens)
+    plan = make_plan(described.layout, described.demand, budgets, scores, overrides)
     return Chosen(plan, predict(facts, plan, machine, workload, routing), workload)
 
 
@@ -64,7 +69,9 @@ class _Bound:
     def __init__(self, facts: ModelFacts, machine: Machine, workload: Workload, routing: Routing) -> None:
         self._facts, self._machine, self._workload, self._routing = facts, machine, workload, routing
         self._sizes = {key: n for layer in facts.layers for key, n in layer.parts} | dict(facts.head)
-        self._prefill: dict[int, list[tuple[float, _Work, list[int]]]] = {}
+        self._prefill: dict[int, list[tuple[float, tuple[_Work, _Work], list[int]]]] = {}
+        self._reads: dict[tuple[int, KVTiers], _Reads] = {}
+        self._alike = Counter(replace(y, parts=()) for y in facts.layers)
         middle = workload.past_tokens + workload.prompt_tokens + workload.new_tokens // 2
         routed = tuple((y.experts, y.top_k) for y in facts.layers if y.experts)
         self._expert_bytes = max((y.expert_bytes for y in facts.layers), default=0)
@@ -75,9 +82,10 @@ class _Bound:
         self._decode = sorted(heapq.merge(*(d for distances in each for d in distances)))
         self._decode_passes = max(1, len(each))
         needed = [sum(map(len, layer)) / len(each) for layer in zip(*each, strict=True)] if each else []
-        self._decode_compute = self._compute(Pass(workload.batch, 1, middle), [round(n) for n in needed])
+        self._middle = Pass(workload.batch, 1, middle)
+        self._decode_compute = self._compute(self._middle, [round(n) for n in needed])
 
-    def __call__(self, host: TierPlan, device: TierPlan | None, chunk: int) -> float:
+    def __call__(self, host: TierPlan, device: TierPlan | None, use: Use) -> float:
         """Lower bound of the request's seconds."""
         compute = device if device is not None else host
         streamed = self._passing(compute, set())
@@ -93,11 +101,15 @@ class _Bound:
         foresees = streamed == sum(n for key, n in self._facts.head if key not in compute.pinned)
         workload = self._workload
         total = 0.0
-        for times, work, distances in self._passes(chunk):
-            total += times * self._busiest(work, streamed, unread, distances, 1, slots, below, foresees)
+        tiered = use.kv is not None
+        keys = self._keys(use.chunk, use.kv) if use.kv is not None else _Reads()
+        for i, (times, work, distances) in enumerate(self._passes(use.chunk)):
+            kv = keys.first if i == 0 else keys.later
+            total += times * self._busiest(work[tiered], streamed, unread, distances, 1, slots, below, foresees, kv)
         step = self._busiest(
-            self._decode_compute, streamed, unread, self._decode, self._decode_passes, slots, below, foresees
-        )
+            self._decode_compute[tiered], streamed, unread, self._decode, self._decode_passes, slots, below, foresees,
+            keys.decode,
+        )  # fmt: skip
         return total + step * (workload.new_tokens - 1)
 
     def _passing(self, tier: TierPlan, above: set[str]) -> int:
@@ -107,8 +119,9 @@ class _Bound:
 
     def _busiest(
         self, work: _Work, streamed: float, unread: float, distances: list[int], passes: int, slots: int, below: int,
-        foresees: bool,
+        foresees: bool, kv: tuple[float, float],
     ) -> float:  # fmt: skip
+        """`kv`: bytes of keys and values moved from and to disk, seconds they are waited for at least."""
         machine, n = self._machine, self._expert_bytes
         total = self._facts.experts if crowded(len(distances) / passes, self._facts.experts) else 0
         up = absent(distances, slots, total) / passes * n
@@ -126,10 +139,42 @@ class _Bound:
             chosen, up = work.dense_s + max(there, missed * each, waits), 0.0
         else:
             chosen = work.dense_s + max(work.experts_s, late * up / rate, waits)
-        return max(chosen, (streamed + up) / rate, (unread + read) / machine.disk_bytes_per_s)
+        through, waited = kv
+        return max(chosen + waited, (streamed + up) / rate, (unread + read + through) / machine.disk_bytes_per_s)
 
-    def _passes(self, chunk: int) -> list[tuple[float, _Work, list[int]]]:
-        """(how many, compute, reuse distances of the experts) of like passes over the prompt."""
+    def _keys(self, chunk: int, kv: KVTiers) -> _Reads:
+        """What keys and values cost each of `_passes`, and a step of decoding."""
+        known = self._reads.get((chunk, kv))
+        if known is None:
+            workload = self._workload
+            kept = kv.kept_of(workload.context)
+            chunks, past, after = chunks_of(workload, chunk), workload.past_tokens, []
+            for new in chunks:
+                after.append(Pass(workload.batch, new, past))
+                past += new
+            first, later = after[:1], after[1:]
+            # evenly many of a long prompt's
+            some = later[len(later) // _SOME // 2 :: -(-len(later) // _SOME)] if later else []
+            each = [self._moved(p, kept, kv.ring) for p in (*first, *some, self._middle)]
+            means = (sum(x[i] for x in each[1:-1]) / max(1, len(some)) for i in range(2))
+            known = self._reads[chunk, kv] = _Reads(each[0], (next(means), next(means)), each[-1])
+        return known
+
+    def _moved(self, p: Pass, kept: float, ring: int) -> tuple[float, float]:
+        """Bytes from and to disk, and seconds of reading that neither the layer's own attention nor the ring hides."""
+        rates, disk = self._machine.rates, self._machine.disk_bytes_per_s
+        through = waited = 0.0
+        for layer, count in self._alike.items():
+            m = cost.moved(layer, p, kept)
+            through += count * (m.read + m.written)
+            if m.read > ring:
+                behind = cost.attention_s(layer, rates, p, tiered=True) * rates.correction(p.tokens) * m.share
+                waited += count * max(0.0, (m.read - ring) / disk - behind)
+        return through, waited
+
+    def _passes(self, chunk: int) -> list[tuple[float, tuple[_Work, _Work], list[int]]]:
+        """(how many, compute without and with tiers of keys and values, reuse distances of the experts) of like passes
+        over the prompt."""
         known = self._prefill.get(chunk)
         if known is None:
             facts, workload = self._facts, self._workload
@@ -147,18 +192,19 @@ class _Bound:
             self._prefill[chunk] = known
         return known
 
-    def _compute(self, p: Pass, needed: list[int]) -> _Work:
+    def _compute(self, p: Pass, needed: list[int]) -> tuple[_Work, _Work]:
+        """Without and with tiers of keys and values."""
         facts, rates = self._facts, self._machine.rates
-        dense, experts, beside = rates.step_call_s + cost.head_s(facts, rates, p), 0.0, 0.0
-        distinct = iter(needed)
-        for layer in facts.layers:
-            dense += cost.layer_s(facts, layer, rates, p)
-            if layer.experts:
-                n = next(distinct, 0)
-                experts += n * cost.expert_s(facts, layer, rates, p, n)
-                if self._machine.host_rates is not None:
-                    beside = max(beside, cost.expert_s(facts, layer, self._machine.host_rates, p, n))
-        return _Work(dense, experts, beside)
+        dense = rates.step_call_s + cost.head_s(facts, rates, p)
+        experts = beside = 0.0
+        for layer, count in self._alike.items():
+            dense += count * cost.layer_s(facts, layer, rates, p)
+        for layer, n in zip((y for y in facts.layers if y.experts), needed, strict=False):
+            experts += n * cost.expert_s(facts, layer, rates, p, n)
+            if self._machine.host_rates is not None:
+                beside = max(beside, cost.expert_s(facts, layer, self._machine.host_rates, p, n))
+        more = sum(count * cost.chunkwise_s(layer, rates, p) for layer, count in self._alike.items())
+        return _Work(dense, experts, beside), _Work(dense + more, experts, beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +214,13 @@ class _Work:
     dense_s: float
     experts_s: float
     beside_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What keys and values cost the first pass over a prompt, one of the others, and a step of decoding: (bytes from
+    and to disk, seconds waited for at least)."""
+
+    first: tuple[float, float] = (0.0, 0.0)
+    later: tuple[float, float] = (0.0, 0.0)
+    decode: tuple[float, float] = (0.0, 0.0)

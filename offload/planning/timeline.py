@@ -1,8 +1,9 @@
 """A plan on a virtual clock: the same schedule and prefetcher that run live, over links that only take time.
 
 What is modelled: links that serve in order, demand before prefetch, a window of slots, disk → host → device pipelined
-per block, experts that are read when the router has chosen them or was foreseen to, compute that is slowed by transfers
-beside it. What is not: requests inside a block (a block arrives when its last byte does), and anything random.
+per block, experts that are read when the router has chosen them or was foreseen to, keys and values that pass through a
+ring of slots, compute that is slowed by transfers beside it. What is not: requests inside a block (a block arrives when
+its last byte does), and anything random.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Usage:
     stall_s: float = 0.0
     bytes_read: float = 0.0
     bytes_up: float = 0.0
+    kv_read: float = 0.0  # of `bytes_read`
+    kv_written: float = 0.0  # keys and values that went to disk
 
     @property
     def bottleneck(self) -> str:
@@ -59,7 +62,8 @@ class Placement:
     """What the timeline needs to know of a plan.
 
     `device` streams what is computed on (on a CPU: what RAM lacks), `host` what RAM lacks of that. Expert slots are
-    those of the tier computed on and of the host under it.
+    those of the tier computed on and of the host under it. `kept` tokens of keys and values, of all sequences, stay in
+    memory (None: all of them, attended to by torch), the others pass through `ring` bytes.
     """
 
     compute: Streams
@@ -67,6 +71,8 @@ class Placement:
     expert_slots: int
     host_expert_slots: int = 0
     foresees: bool = True  # no layer is streamed, so the next layer's router is there to be asked
+    kept: float | None = None
+    ring: int = 0
 
 
 @dataclass(slots=True)
@@ -186,6 +192,9 @@ class Timeline:
     def __init__(self, facts: ModelFacts, machine: Machine, placement: Placement, routing: Routing = BLIND) -> None:
         self._routing = routing
         self._foreseen: dict[int, float] = {}  # layer of experts → when those fetched ahead are there
+        self._rings: dict[int, tuple[float, float]] = {}  # layer → bytes of keys and values fetched ahead, when there
+        self._kv_free = 0.0  # when the disk is through with those asked for so far
+        self._kv_read = self._kv_written = 0.0
         self._facts = facts
         self._machine = machine
         self._placement = placement
@@ -227,10 +236,17 @@ class Timeline:
         self._compute("call", rates.step_call_s)
         compute += rates.step_call_s
         stall += self._rows()
-        for layer in facts.layers:
+        kept = self._placement.kept
+        moved = [cost.moved(layer, p, kept) for layer in facts.layers] if kept is not None else []
+        for i, layer in enumerate(facts.layers):
             stall += self._enter([key for key, _ in layer.parts])
-            work = cost.layer_s(facts, layer, rates, p)
-            self._compute(layer.parts[0][0] if layer.parts else "layer", work)
+            work = cost.layer_s(facts, layer, rates, p, tiered=kept is not None)
+            name = layer.parts[0][0] if layer.parts else "layer"
+            if moved and (moved[i].read or moved[i].written):
+                attention = cost.attention_s(layer, rates, p, tiered=True) * rates.correction(p.tokens)
+                stall += self._attend(name, i, moved, work - attention, attention)
+            else:
+                self._compute(name, work)
             if layer.experts and misses is not None:
                 needed = misses.needed(number)
                 each = cost.expert_s(facts, layer, rates, p, needed)
@@ -251,7 +267,7 @@ class Timeline:
             compute += work
         after = self._books()
         return Usage(self._clock.now - began, compute, after[0] - before[0], after[1] - before[1], stall,
-                     after[2] - before[2], after[3] - before[3])  # fmt: skip
+                     *(b - a for a, b in zip(before[2:], after[2:], strict=True)))  # fmt: skip
 
     # the parts of a pass
 
@@ -293,6 +309,49 @@ class Timeline:
             drag += self._machine.link_drag * min(seconds, max(0.0, self._link.free_at - now))
         self._clock.now = now + seconds + drag
         self.compute.append(("compute", name, now, self._clock.now))
+
+    def _attend(self, name: str, number: int, moved: Sequence[cost.Moved], work: float, attention: float) -> float:
+        """Compute a layer, and attend to keys and values that come from disk; returns the wait for them.
+
+        The ring has been filled since the layer before attended. What is in memory is attended to first; then every
+        slot that has served takes the next chunk, of this layer and then of the next one that reads.
+        """
+        mine = moved[number]
+        self._compute(name, work + attention * (1 - mine.share))
+        ahead, there = self._rings.pop(number, (0.0, 0.0))
+        if mine.read > ahead:
+            there = self._fetch_kv(mine.read - ahead)
+        around = (*range(number + 1, len(moved)), *range(number + 1))
+        following = next((i for i in around if moved[i].read), None)
+        if following is not None and following not in self._rings:
+            nbytes = min(float(self._placement.ring), moved[following].read)
+            self._rings[following] = nbytes, self._fetch_kv(nbytes)
+        if mine.share:
+            self._compute(name, attention * mine.share)
+        wait = max(0.0, there - self._clock.now)
+        self._clock.now += wait
+        if mine.written:  # at the rate of reads; nobody waits for it
+            self._disk.send("kv", mine.written, self._clock.now)
+            self._disk.moved -= mine.written
+            self._kv_written += mine.written
+        return wait
+
+    def _fetch_kv(self, nbytes: float) -> float:
+        """Read keys and values, before weights that are queued and behind those asked for; returns when they are
+        there."""
+        disk, now = self._disk, self._clock.now
+        took = disk.latency_s + nbytes / disk.bytes_per_s
+        begins = max(now, self._kv_free)
+        self._kv_free = begins + took
+        disk.busy_s += took
+        disk.moved += nbytes
+        self._kv_read += nbytes
+        disk.slices.append((disk.name, "kv", begins, self._kv_free))
+        disk.free_at = max(disk.free_at, now) + took
+        below = self._tier if self._link is None else self._host
+        if below is not None:
+            below.delay(took)
+        return self._kv_free
 
     def _experts(self, nbytes: int, misses: PassMisses, number: int, each: float) -> float:
         """Compute a layer's experts, those at hand first; returns the wait for the others."""
@@ -399,6 +458,9 @@ class Timeline:
         link.free_at = max(link.free_at, now) + took
         if tier is not None:
             tier.delay(took)
+        if link is self._disk and self._kv_free > now:  # keys and values that were asked for ahead
+            self._kv_free += took
+            self._rings = {i: (n, at + took if at > now else at) for i, (n, at) in self._rings.items()}
         return now + took
 
     # where blocks come from
@@ -420,6 +482,8 @@ class Timeline:
             self._host.leased.discard(key)
         return self._link.send(key, self._sizes[key], now, ready)
 
-    def _books(self) -> tuple[float, float, float, float]:
-        link = self._link
-        return (self._disk.busy_s, link.busy_s if link else 0.0, self._disk.moved, link.moved if link else 0.0)
+    def _books(self) -> tuple[float, ...]:
+        """Running totals of what `Usage` has from `disk_s` on, the stall apart."""
+        link, disk = self._link, self._disk
+        return (disk.busy_s, link.busy_s if link else 0.0, disk.moved, link.moved if link else 0.0,
+                self._kv_read, self._kv_written)  # fmt: skip
