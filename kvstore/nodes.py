@@ -18,6 +18,7 @@ Where tensors lie follows from their shapes and is not written down: nothing can
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -245,6 +246,8 @@ def read_segment(fd: int, name: str, header: Header, upto: int | None = None) ->
     nbytes = sum(s.nbytes for s in sections)
     room = torch.empty(nbytes + PAGE, dtype=torch.uint8)
     room = room[-room.data_ptr() % PAGE :][:nbytes]
+    with contextlib.suppress(OSError):  # the disk begins with what comes after while the first piece is summed
+        os.posix_fadvise(fd, header.data_at, nbytes, os.POSIX_FADV_WILLNEED)
     _fill(fd, name, header.data_at, sections, _memory(room))
     at = 0
 

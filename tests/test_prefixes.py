@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -454,7 +456,6 @@ def _newer(raw: bytes) -> bytes:
 
 def _signed(text: bytes) -> Callable[[bytes], bytes]:
     """A file whose header says `text`, with a right checksum: as a hostile writer would have it."""
-    import hashlib
 
     def make(raw: bytes) -> bytes:
         body = text + bytes(-(56 + len(text)) % 4096)
@@ -484,6 +485,40 @@ def test_foreign_files_are_ignored_and_pruned(folder: Path, make: Callable[[byte
     check_refused(folder, name)
     store.prune(1 << 40)
     assert {p.stem for p in folder.glob("*.kv")} == {good}
+
+
+@pytest.mark.parametrize("shape", [[1, 3, 1 << 40], [1 << 20, 3, 4], [1, 3, 8], [1, 3, 0]])
+def test_shapes_that_do_not_fill_the_file_are_refused(folder: Path, shape: list[int]) -> None:
+    """Whoever can sign a header cannot make us take memory for what is not there, or read past the end."""
+    name = open_store(folder).append(None, segment([1, 2, 3]))
+    path = the_file(folder)
+    raw = path.read_bytes()
+    length = struct.unpack_from("<I", raw, 12)[0]
+    header = json.loads(raw[56 : 56 + length])
+    header["layers"][0][1][1] = shape
+    text = json.dumps(header, separators=(",", ":")).encode()
+    body = text + bytes(4096 - 56 - len(text))
+    prefix = raw[:12] + struct.pack("<I", len(text)) + raw[16:24]
+    path.write_bytes(prefix + hashlib.sha256(prefix + body).digest() + body + raw[4096:])
+    assert open_store(folder).match([1, 2, 3]).length == 0
+    check_refused(folder, name)
+
+
+def test_no_more_of_a_header_is_read_than_one_can_have(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = open_store(folder).append(None, segment([1, 2, 3]))
+    path = the_file(folder)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:12] + struct.pack("<IQ", 1 << 30, 6 << 30) + raw[24:])
+    with path.open("r+b") as f:
+        f.truncate(6 << 30)  # sparse
+    real = os.pread
+
+    def pread(fd: int, n: int, at: int) -> bytes:
+        assert n <= 2 * node_files.MAX_HEADER
+        return real(fd, n, at)
+
+    monkeypatch.setattr(os, "pread", pread)
+    check_refused(folder, name)
 
 
 def _link(path: Path) -> None:
