@@ -36,6 +36,7 @@ import torch
 from tiers import PAGE, DamagedError, page_up
 
 NODE_TOKENS = 256
+SUFFIX = ".kv"
 MAX_HEADER = 1 << 20
 MAX_NODE = 8 << 30
 MAX_TOKEN = 1 << 31
