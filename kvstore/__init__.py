@@ -7,7 +7,8 @@ from kvstore.attend import FewTokens, attend
 from kvstore.attention import Rule
 from kvstore.chunks import KVShape
 from kvstore.nodes import NODE_TOKENS, Layer, Segment
-from kvstore.prefixes import Match, PrefixStore, Pruned
+from kvstore.prefixes import Match, PrefixStore
+from kvstore.pruning import Pruned
 from kvstore.reserved import ReservedLayer, make_cache, rollback
 from kvstore.sessions import Session, Sessions, Summary, mismatch
 from kvstore.sparse import SparseOptions

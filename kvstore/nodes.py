@@ -18,6 +18,7 @@ Where tensors lie follows from their shapes and is not written down: nothing can
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ import torch
 from tiers import PAGE, DamagedError, page_up
 
 NODE_TOKENS = 256
+SUFFIX = ".kv"
 MAX_HEADER = 1 << 20
 MAX_NODE = 8 << 30
 MAX_TOKEN = 1 << 31
@@ -245,6 +247,8 @@ def read_segment(fd: int, name: str, header: Header, upto: int | None = None) ->
     nbytes = sum(s.nbytes for s in sections)
     room = torch.empty(nbytes + PAGE, dtype=torch.uint8)
     room = room[-room.data_ptr() % PAGE :][:nbytes]
+    with contextlib.suppress(OSError):  # the disk begins with what comes after while the first piece is summed
+        os.posix_fadvise(fd, header.data_at, nbytes, os.POSIX_FADV_WILLNEED)
     _fill(fd, name, header.data_at, sections, _memory(room))
     at = 0
 

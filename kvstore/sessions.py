@@ -20,7 +20,8 @@ from typing import Any
 
 from kvstore.files import Temporary, explained, locked, open_private, private_folder, sweep, sync_folder
 from kvstore.nodes import MAX_TOKEN, is_name
-from kvstore.prefixes import PrefixStore, Pruned, prune
+from kvstore.prefixes import PrefixStore
+from kvstore.pruning import Pruned, prune
 from tiers import DamagedError, GoneError, StoreError, UsageError
 from tiers.folders import sessions_folder
 
