@@ -68,8 +68,9 @@ def _token(
     """One token per sequence: what is in memory in one call, then what arrives. None if the kernel cannot."""
     batch, heads, _, _ = query.shape
     layer.append_new()  # the new token is one of those attended to
-    length = layer.past
+    length, ahead = layer.past, layer.ahead
     shape = cache.store.shape_of(layer.number)
+    host = query.cpu()
     state = AttentionState.empty(batch, heads, shape.value_dim)
     carried = state.largest, state.total, state.mixed
     tokens = layer.rows[0].tokens
@@ -79,23 +80,50 @@ def _token(
     table = array("q")
     away: list[list[Span]] = []
     for b, row in enumerate(layer.rows):
-        low = _first_seen(pads[b], length - 1, rule)
-        chosen = row.sparse.choose(length, query[b, :, 0], rule.scale) if row.sparse is not None else None
-        spans = list(row.spans(low, length, chosen))
+        low = max(_first_seen(pads[b], length - 1, rule) - ahead, 0)
+        chosen = row.sparse.choose(row.length, host[b, :, 0], rule.scale) if row.sparse is not None else None
+        spans = list(row.spans(low, row.length, chosen))
         stay = [s for s in spans if s[0].lease is not None] if chosen is None else []
         for k, v, n in cache.store.located(stay):
             table.extend((b, k, v, n))
         away.append([s for s in spans if s[0].lease is None] if chosen is None else spans)
-    if not few(query, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
+    if not few(host, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
         return None
     for b, passing in enumerate(away):
         with closing(cache.store.addresses(passing, later(cache, layer, b))) as runs:
             for run in runs:
                 part = array("q", [x for k, v, n in run for x in (b, k, v, n)])
-                few(query, part, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
+                few(host, part, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
+    if layer.front is None:
+        if sinks is not None:
+            state.merge(torch.zeros(batch, heads, 1, shape.value_dim), sinks.float().expand(batch, heads))
+        return state.result()[0].to(query.dtype).transpose(1, 2).to(query.device)
+    # what crosses the link is the token's query, and its partial result
+    out, lse = (t.to(query.device) for t in state.result())
+    merged = Merged(batch, heads, 1, shape.value_dim, query.device)
     if sinks is not None:
-        state.merge(torch.zeros(batch, heads, 1, shape.value_dim), sinks.float().expand(batch, heads))
-    return state.result()[0].to(query.dtype).transpose(1, 2)
+        merged.lse.copy_(sinks.float()[None, :, None].expand(batch, heads, 1))
+    merged.add(out, lse[..., None])
+    _add_front(layer, merged, query, length - 1, rule, pads)
+    return merged.out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _add_front(
+    layer: TieredLayer, merged: Merged, query: torch.Tensor, first_query: int, rule: Rule, pads: Sequence[int],
+    expand: Expand | None = None,
+) -> None:  # fmt: skip
+    """The part of the past that is in device memory."""
+    front = layer.front
+    assert front is not None
+    for row in [slice(None)] if not any(pads) else [slice(b, b + 1) for b in range(len(pads))]:
+        low = 0 if row.start is None else min(pads[row.start], front.length)
+        late = 0 if row.start is None else max(0, pads[row.start] - first_query)
+        if low == front.length or late >= query.shape[2]:
+            continue
+        keys, values = front.keys[row, :, low:], front.values[row, :, low:]
+        here = expand(keys, values) if expand is not None else (keys, values)
+        for at, out, lse in blocks(query[row, :, late:], *here, first_query + late, low, rule):
+            merged.add(out, lse, slice(at.start + late, at.stop + late), row)
 
 
 def _chosen(
@@ -105,15 +133,15 @@ def _chosen(
     """One token per sequence over the chunks chosen, in plain torch; tells the selector where attention fell."""
     batch, heads, _, _ = query.shape
     layer.append_new()
-    length = layer.past
+    length, ahead = layer.past, layer.ahead
     state = AttentionState.empty(batch, heads, cache.store.shape_of(layer.number).value_dim, query.device)
     if sinks is not None:
         state.merge(torch.zeros_like(state.mixed)[:, :, None], sinks.float().expand(batch, heads))
     for b, row in enumerate(layer.rows):
         assert row.sparse is not None
         row.sparse.view.mass = functools.partial(_true_mass, cache, layer, b, rule)
-        chosen = row.sparse.choose(length, query[b, :, 0], rule.scale) or range(len(row.chunks))
-        spans = list(row.spans(_first_seen(pads[b], length - 1, rule), length, chosen))
+        chosen = row.sparse.choose(row.length, query[b, :, 0], rule.scale) or range(len(row.chunks))
+        spans = list(row.spans(max(_first_seen(pads[b], length - 1, rule) - ahead, 0), row.length, chosen))
         mine = AttentionState(*(t[b : b + 1] for t in (state.largest, state.total, state.mixed)))
         found = []
         for k, v in cache.store.reading(spans, later(cache, layer, b)):
@@ -123,7 +151,13 @@ def _chosen(
         mass = (torch.stack(found, 1) - mine.result()[1][0, :, None]).exp()
         first = len(chosen) - len(spans)  # chunks of padding alone are chosen, and seen by nobody
         row.sparse.selector.attended(row.sparse.view, chosen[first:], mass.cpu())
-    return state.result()[0].to(query.dtype).transpose(1, 2)
+    out, lse = state.result()
+    if layer.front is None:
+        return out.to(query.dtype).transpose(1, 2)
+    merged = Merged(batch, heads, 1, out.shape[3], query.device)
+    merged.add(out, lse[..., None])
+    _add_front(layer, merged, query, length - 1, rule, pads)
+    return merged.out.to(query.dtype).transpose(1, 2).contiguous()
 
 
 def _true_mass(
@@ -184,6 +218,8 @@ def _by_blocks(
             merged.add(out, lse, slice(at.start + late, at.stop + late), row)
     if past:
         assert layer is not None and cache is not None
+        if layer.front is not None:
+            _add_front(layer, merged, query, first_query, rule, pads, expand)
         _attend_past(layer, cache, merged, query, first_query, past, rule, pads, expand)
     return merged.out.to(query.dtype).transpose(1, 2).contiguous()
 
@@ -197,17 +233,27 @@ def _attend_past(
         late = max(0, pads[b] - first_query)
         if late >= query.shape[2]:
             continue
-        low = pads[b] if rule.window is None else max(pads[b], first_query + late - rule.window + 1)
+        ahead = layer.ahead
+        low = max(pads[b], ahead)
+        if rule.window is not None:
+            low = max(low, first_query + late - rule.window + 1)
         if low >= past:
             continue
         mine = query[b : b + 1, :, late:]
-        with closing(cache.store.reading(list(row.spans(low, past)), later(cache, layer, b))) as parts:
+        here = cache.on_host(mine.shape[2]) and expand is None  # weights that expand are on the device
+        if here:
+            mine = mine.cpu()
+        with closing(cache.store.reading(list(row.spans(low - ahead, past - ahead)), later(cache, layer, b))) as parts:
             for keys, values in gathered(parts, BLOCK):
-                k, v = keys.to(query.device), values.to(query.device)
-                here = expand(k, v) if expand is not None else (k, v)
-                for at, out, lse in blocks(mine, *here, first_query + late, low, rule):
-                    merged.add(out, lse, slice(at.start + late, at.stop + late), slice(b, b + 1))
-                low += k.shape[2]
+                n = keys.shape[2]
+                if not here:
+                    keys, values = cache.lift(keys), cache.lift(values)
+                if expand is not None:
+                    keys, values = expand(keys, values)
+                for at, out, lse in blocks(mine, keys, values, first_query + late, low, rule):
+                    at = slice(at.start + late, at.stop + late)
+                    merged.add(out.to(query.device), lse.to(query.device), at, slice(b, b + 1))
+                low += n
 
 
 def later(cache: TieredCache, layer: TieredLayer, row: int) -> Iterator[Chunk]:
