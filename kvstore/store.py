@@ -9,7 +9,8 @@ soon as it is full, once, and then comes and goes at the price of a read.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,20 @@ class KVDisk:
         self.number = reader.add(self.file)  # which closes it
         self.read = queue
         self.write = TransferQueue(SpillLink(self.file), WRITERS, trace)
+        self._abandoned: deque[tuple[Residency, dict[str, int]]] = deque()
+
+    def abandon(self, residency: Residency, extents: dict[str, int]) -> None:
+        """A store was collected as garbage, on whatever thread: what it held is taken back by the next `sweep`."""
+        self._abandoned.append((residency, extents))
+
+    def sweep(self) -> None:
+        """Take back what was abandoned."""
+        while self._abandoned:
+            residency, extents = self._abandoned.popleft()
+            nbytes = {block.key: block.nbytes for block in residency.blocks()}
+            residency.settle()
+            for key, offset in extents.items():
+                self.file.free(offset, nbytes[key])
 
     def close(self) -> None:
         """Stop the writers."""
@@ -118,6 +133,9 @@ class ChunkStore:
         self._numbers = itertools.count()
         self._leased: dict[str, Chunk] = {}  # those being filled and those that stay, in order of their leases
         self.books = KVBooks()
+        self._extents: dict[str, int] = {}  # in the file, by chunk
+        disk.sweep()
+        weakref.finalize(self, disk.abandon, self.residency, self._extents).atexit = False
 
     def new_list(self, layer: int, shape: KVShape) -> ChunkList:
         """An empty sequence of a layer."""
@@ -179,7 +197,7 @@ class ChunkStore:
             self._may_stay[chunk.layer] += 1
         nbytes = self.residency.nbytes(chunk.key)
         if chunk.offset is None:
-            chunk.offset = self._disk.file.allocate(nbytes)
+            chunk.offset = self._extents[chunk.key] = self._disk.file.allocate(nbytes)
         if self.residency.spill(chunk.key, (Segment(self._disk.number, chunk.offset, nbytes, 0, None, True),)):
             self.books.bytes_written += nbytes
         self._release(chunk)
@@ -192,7 +210,7 @@ class ChunkStore:
         if chunk.offset is not None:
             nbytes = self.residency.nbytes(chunk.key)
             self.residency.remove(chunk.key)
-            self._disk.file.free(chunk.offset, nbytes)
+            self._disk.file.free(self._extents.pop(chunk.key), nbytes)
         else:
             self.residency.remove(chunk.key)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -451,6 +452,23 @@ def test_a_full_disk_is_told_and_the_next_request_has_it_all() -> None:
             cache.tiered[0].read(0, tokens)
             cache.close()
             assert disk.disk.file.used == 0
+    finally:
+        disk.close()
+
+
+def test_a_cache_that_nobody_closed() -> None:
+    """Its place on disk is taken back, though not before another is made."""
+    disk = Disk(limit=30 * PAGE)
+    try:
+        for _ in range(3):
+            cache = one_row(disk, 20 * 16, 16, 0)
+            assert disk.disk.file.used == 20 * PAGE
+            disk.stores.clear()
+            del cache
+            gc.collect()
+        cache = one_row(disk, 20 * 16, 16, 0)
+        cache.close()
+        assert disk.disk.file.used == 0
     finally:
         disk.close()
 

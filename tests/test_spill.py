@@ -112,8 +112,9 @@ def test_nobody_else_can_find_or_read_it(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs to try")
 def test_never_in_memory() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        with pytest.raises(UsageError, match=r"--spill-dir .* lies in memory"):
-            SpillFile(Path(folder))
+        for name in (".", "to/be/made"):
+            with pytest.raises(UsageError, match=r"--spill-dir .* lies in memory"):
+                SpillFile(Path(folder) / name)
         assert os.listdir(folder) == []
 
 
@@ -532,7 +533,7 @@ class Machine(RuleBasedStateMachine):
         """What a demand for a slot may say."""
         if self.room:
             return self.told(work)  # type: ignore[no-any-return]
-        with pytest.raises((RuntimeError, OffloadError), match="every slot|injected") as refusal:
+        with pytest.raises((RuntimeError, OffloadError), match=r"every slot|injected") as refusal:
             work()
         assert self.suspect or isinstance(refusal.value, RuntimeError)
         return None
