@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, VOCAB, build, save
+from test_model import TEMPLATE
 from test_parity import BF16_ULPS, tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
 import offload
 from kvstore import TieredCache, rollback
-from offload import Model, ModelError, hf
+from offload import Interrupted, Model, ModelError, OffloadError, hf
 from offload.engine import Engine
+from offload.model import Conversation
 
 NEW = 6
 PROMPT = 70  # tokens: several chunks of 16, windows of 12 far behind
@@ -281,3 +286,92 @@ def test_a_conversation_gives_everything_back(case: Case) -> None:
     assert got == oracle_new(case, torch.tensor([ids]))[0][: len(got)]
     assert spilled(case.model.engine) > 0
     cache.close()
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_interrupted_and_taken_back(case: Case, layer: int) -> None:
+    """In the middle of a pass, with some layers ahead of others; then as if it had not been."""
+    if case.family not in ("mistral", "gpt_oss", "deepseek_v3"):
+        pytest.skip("some of each kind of attention do")
+    engine = case.model.engine
+    cache = engine.new_cache(120)
+    case.model.hf(input_ids=case.ids[:, :40], past_key_values=cache)
+    module = case.model.hf.model.layers[layer]
+    handle = module.register_forward_hook(lambda *_: engine.interrupt.set())
+    try:
+        with pytest.raises(Interrupted):
+            case.model.hf(input_ids=case.ids[:, 40:], past_key_values=cache)
+        assert rollback(cache, 40), "even while the interruption lasts"
+    finally:
+        handle.remove()
+        engine.interrupt.clear()
+    got = case.model.hf(input_ids=case.ids[:, 40:], past_key_values=cache).logits
+    close(got, oracle_logits(case, case.ids)[:, 40:])
+    cache.close()
+
+
+def test_a_full_disk_ends_a_request_and_not_the_model(case: Case) -> None:
+    if case.family != "mistral":
+        pytest.skip("the same for all")
+    with load(case.folder, disk="64KiB") as model:
+        for _ in range(2):
+            with pytest.raises(OffloadError, match="--disk: 65536 bytes are too few"):
+                model.run([case.prompts[0] * 2], max_new_tokens=NEW)
+            assert spilled(model.engine) == 0
+        assert model.run(case.prompts[:1], max_new_tokens=NEW).token_ids == [case.greedy]
+
+
+@pytest.mark.parametrize("when", ["writing", "reading"])
+def test_a_disk_that_fails(case: Case, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clear error, whose request is lost; once the disk is well again the next one is right."""
+    if case.family != "mistral":
+        pytest.skip("the same for all")
+    with load(case.folder) as model:
+        file, real = model.engine.kv._disk.file, {"pwritev": os.pwritev, "preadv": os.preadv}  # type: ignore[union-attr]
+        name = "pwritev" if when == "writing" else "preadv"
+        left = [5]
+
+        def failing(fd: int, *args: Any) -> int:
+            left[0] -= fd == file.fd
+            if fd == file.fd and left[0] <= 0:
+                raise OSError(errno.EIO, "Input/output error")
+            return real[name](fd, *args)
+
+        monkeypatch.setattr(os, name, failing)
+        with pytest.raises(OffloadError, match="Input/output error") as told:
+            model.run(case.prompts[:1], max_new_tokens=NEW)
+        assert str(file.path) in str(told.value)
+        assert spilled(model.engine) == 0
+        left[0] = 1 << 30
+        assert model.run(case.prompts[:1], max_new_tokens=NEW).token_ids == [case.greedy]
+
+
+def test_a_refused_folder_leaves_no_threads(case: Case) -> None:
+    if case.family != "mistral":
+        pytest.skip("the same for all")
+    before = threading.active_count()
+    with pytest.raises(offload.UsageError, match="--spill-dir"):
+        load(case.folder, spill_dir="/proc/x")
+    assert threading.active_count() == before
+
+
+def test_a_conversation(case: Case) -> None:
+    """Each turn computes only what is new, in a cache over tiers too, and gives it back at the end."""
+    if case.family != "mistral":
+        pytest.skip("the same for all")
+    tok = tokenizer()
+    tok.chat_template = TEMPLATE
+    said: list[list[str]] = []
+    for tiered in (True, False):
+        tok.save_pretrained(case.folder)
+        with load(case.folder) if tiered else offload.load(case.folder, context=240) as model:
+            talk = Conversation(model)
+            answers = [talk.say(f"w{10 + n} w{20 + n} " * 20, lambda _: None, max_new_tokens=5) for n in range(3)]
+            said.append([str(a.text[0]) for a in answers if a is not None])
+            assert talk.reused_tokens > 0
+            if tiered:
+                assert spilled(model.engine) > 0
+                talk.clear()
+                assert spilled(model.engine) == 0
+    assert len(said[0]) == 3
+    assert said[0] == said[1]

@@ -66,8 +66,8 @@ class SpillFile(OpenFile):
                     return at
             if self.limit is not None and self._end + size > self.limit:
                 raise OffloadError(
-                    f"--disk: {self.limit} bytes are too few for what is spilled: {self._end} are taken, {size} more are "
-                    "needed; allow more, or keep more in memory"
+                    f"--disk: {self.limit} bytes are too few for what is spilled: {self._end} are taken, {size} more "
+                    "are needed; allow more, or keep more in memory"
                 )
             at, self._end = self._end, self._end + size
             return at
