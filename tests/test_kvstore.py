@@ -425,6 +425,25 @@ def test_everything_in_memory_moves_nothing(disk: Disk) -> None:
     assert (cache.books.bytes_read, cache.books.bytes_written, disk.disk.file.used) == (0, 0, 0)
 
 
+def test_what_a_window_leaves_behind_leaves_memory(disk: Disk) -> None:
+    """And no earlier than that; again after tokens were taken back."""
+    cache = disk.cache([20, None], 8, 400, 60 * PAGE)
+    layer = cache.tiered[0]
+    new = torch.zeros(1, 2, 1, 8)
+    for back in (0, 37, 90):
+        if back:
+            cache.crop(-back)
+        for _ in range(100):
+            for n in range(2):
+                cache.update(new, new, n)
+                cache.tiered[n].append_new()
+            seen = (layer.past - 20 + 1) // 8  # the first chunk that the next token sees
+            behind = [c for c in layer.rows[0].chunks[: max(0, seen)] if c.lease is not None]
+            assert behind == []
+            assert all(c.lease is not None for c in layer.rows[0].chunks[max(0, seen, layer._freed) :][-3:])
+    check(cache.store, cache.tiered)
+
+
 @pytest.mark.parametrize("resident", [0, 7 * PAGE])
 def test_longer_than_foreseen(disk: Disk, resident: int) -> None:
     """In the same slots, whatever was to stay."""
