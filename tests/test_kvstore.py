@@ -440,7 +440,8 @@ def test_what_a_window_leaves_behind_leaves_memory(disk: Disk) -> None:
             seen = (layer.past - 20 + 1) // 8  # the first chunk that the next token sees
             behind = [c for c in layer.rows[0].chunks[: max(0, seen)] if c.lease is not None]
             assert behind == []
-            assert all(c.lease is not None for c in layer.rows[0].chunks[max(0, seen, layer._freed) :][-3:])
+            # what left before tokens were taken back comes and goes
+            assert back or all(c.lease is not None for c in layer.rows[0].chunks[max(0, seen) :])
     check(cache.store, cache.tiered)
 
 
