@@ -28,6 +28,15 @@ NEW = 6
 PROMPT = 70  # tokens: several chunks of 16, windows of 12 far behind
 # keep a state that is no list of tokens: nothing can be taken back, or be shared
 RECURRENT = {"qwen3_next", "lfm2", "jamba"}
+CROPPABLE = [f for f in FAMILIES if f not in RECURRENT]
+CHUNKABLE = [f for f in FAMILIES if f not in hf.NO_CHUNKED_PREFILL]  # the others' states come out wrong in pieces
+ATTENTIONS = ["mistral", "gpt_oss", "deepseek_v3"]  # some of each kind
+MISTRAL = ["mistral"]  # where it is the same for all
+
+
+def of(families: list[str]) -> pytest.MarkDecorator:
+    """These families only."""
+    return pytest.mark.parametrize("case", families, indirect=True)
 
 
 @dataclass
@@ -113,14 +122,13 @@ def test_beam_search(case: Case) -> None:
     assert [want[0][: len(got[0])]] == got
 
 
+@of(CHUNKABLE)
 def test_a_prompt_in_pieces(case: Case) -> None:
     """Pieces as long as a chunk, longer and shorter; and a padded batch whose second prompt begins in a later piece."""
     width = max(map(len, case.prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in case.prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in case.prompts])
     plan = case.model.engine.plan
-    if case.family in hf.NO_CHUNKED_PREFILL:
-        pytest.skip("transformers computes its state wrongly in pieces")
     want = oracle_logits(case, case.ids)
     with load(case.folder, overrides={"prefill_chunk": 16}) as model:
         assert model.plan.prefill_chunk == 16 != plan.prefill_chunk
@@ -135,10 +143,9 @@ def test_a_prompt_in_pieces(case: Case) -> None:
         assert spilled(model.engine) == 0
 
 
+@of(CROPPABLE)
 def test_taking_tokens_back(case: Case) -> None:
     """Cropped, within a chunk and far beyond, and continued otherwise: as if it had never been there."""
-    if case.family in RECURRENT:
-        pytest.skip("its states cannot go back")
     g = torch.Generator().manual_seed(9)
     cache = case.model.engine.new_cache(200)
     case.model.hf(input_ids=case.ids, past_key_values=cache)
@@ -153,10 +160,9 @@ def test_taking_tokens_back(case: Case) -> None:
     cache.close()
 
 
+@of(CROPPABLE)
 def test_forks(case: Case) -> None:
     """One prompt, three ways on; then two of them, the other way round."""
-    if case.family in RECURRENT:
-        pytest.skip("transformers cannot repeat its states")
     g = torch.Generator().manual_seed(10)
     cache = case.model.engine.new_cache(120)
     case.model.hf(input_ids=case.ids, past_key_values=cache)
@@ -194,10 +200,9 @@ def test_a_padded_batch_with_the_users_own_cache(case: Case) -> None:
     assert got[:, PROMPT:].tolist() == want
 
 
+@of(CROPPABLE)
 def test_prompt_lookup(case: Case) -> None:
     """Guesses are taken back when they are wrong."""
-    if case.family in RECURRENT:
-        pytest.skip("transformers refuses it, or takes states back by recording them")
     ids = torch.cat([case.ids[:, :30], case.ids[:, :30]], 1)
     want = oracle_new(case, ids, max_new_tokens=12)
     cache = case.model.engine.new_cache(90)
@@ -262,9 +267,8 @@ def test_bfloat16_within_ulps(case: Case, tmp_path: Path) -> None:
     assert ((top - chosen) <= BF16_ULPS * top.abs() * 2**-8).all()
 
 
+@of(MISTRAL)
 def test_masks_that_are_no_rule_are_refused(case: Case) -> None:
-    if case.family != "mistral":
-        pytest.skip("the same for all")
     with pytest.raises(ModelError, match="--kv-resident: attention is masked"):
         case.model.hf(input_ids=case.ids, attention_mask=torch.ones(1, 1, PROMPT, PROMPT).tril())
     holes = torch.ones(1, PROMPT)
@@ -273,10 +277,9 @@ def test_masks_that_are_no_rule_are_refused(case: Case) -> None:
         case.model.hf(input_ids=case.ids, attention_mask=holes)
 
 
+@of(CROPPABLE)
 def test_a_conversation_gives_everything_back(case: Case) -> None:
     """A cache kept over turns, taken back to what the turns share, and dropped."""
-    if case.family in RECURRENT:
-        pytest.skip("its states cannot go back")
     cache = case.model.engine.new_cache(160)
     first = case.model.run(case.prompts[:1], max_new_tokens=NEW, cache=cache).token_ids[0]
     assert first == case.greedy
@@ -288,11 +291,10 @@ def test_a_conversation_gives_everything_back(case: Case) -> None:
     cache.close()
 
 
+@of(ATTENTIONS)
 @pytest.mark.parametrize("layer", [0, 2])
 def test_interrupted_and_taken_back(case: Case, layer: int) -> None:
     """In the middle of a pass, with some layers ahead of others; then as if it had not been."""
-    if case.family not in ("mistral", "gpt_oss", "deepseek_v3"):
-        pytest.skip("some of each kind of attention do")
     engine = case.model.engine
     cache = engine.new_cache(120)
     case.model.hf(input_ids=case.ids[:, :40], past_key_values=cache)
@@ -310,9 +312,8 @@ def test_interrupted_and_taken_back(case: Case, layer: int) -> None:
     cache.close()
 
 
+@of(MISTRAL)
 def test_a_full_disk_ends_a_request_and_not_the_model(case: Case) -> None:
-    if case.family != "mistral":
-        pytest.skip("the same for all")
     with load(case.folder, disk="64KiB") as model:
         for _ in range(2):
             with pytest.raises(OffloadError, match="--disk: 65536 bytes are too few"):
@@ -321,11 +322,10 @@ def test_a_full_disk_ends_a_request_and_not_the_model(case: Case) -> None:
         assert model.run(case.prompts[:1], max_new_tokens=NEW).token_ids == [case.greedy]
 
 
+@of(MISTRAL)
 @pytest.mark.parametrize("when", ["writing", "reading"])
 def test_a_disk_that_fails(case: Case, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One clear error, whose request is lost; once the disk is well again the next one is right."""
-    if case.family != "mistral":
-        pytest.skip("the same for all")
     with load(case.folder) as model:
         file, real = model.engine.kv._disk.file, {"pwritev": os.pwritev, "preadv": os.preadv}  # type: ignore[union-attr]
         name = "pwritev" if when == "writing" else "preadv"
@@ -346,19 +346,17 @@ def test_a_disk_that_fails(case: Case, when: str, monkeypatch: pytest.MonkeyPatc
         assert model.run(case.prompts[:1], max_new_tokens=NEW).token_ids == [case.greedy]
 
 
+@of(MISTRAL)
 def test_a_refused_folder_leaves_no_threads(case: Case) -> None:
-    if case.family != "mistral":
-        pytest.skip("the same for all")
     before = threading.active_count()
     with pytest.raises(offload.UsageError, match="--spill-dir"):
         load(case.folder, spill_dir="/proc/x")
     assert threading.active_count() == before
 
 
+@of(MISTRAL)
 def test_a_conversation(case: Case) -> None:
     """Each turn computes only what is new, in a cache over tiers too, and gives it back at the end."""
-    if case.family != "mistral":
-        pytest.skip("the same for all")
     tok = tokenizer()
     tok.chat_template = TEMPLATE
     said: list[list[str]] = []
