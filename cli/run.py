@@ -110,13 +110,16 @@ def _generate(args: argparse.Namespace) -> int:
             prefix_cache=args.prefix_cache,
             **_sampling(args),
         )
+        if stream:
+            print(flush=True)  # the text's last line ends before anything is said about it
         for note in result.notes:
             print(f"offload generate: {note}", file=sys.stderr)
         if args.json:
             print(json.dumps(_as_json(result)), flush=True)
         else:
             text = result.text[0] if result.text[0] is not None else ",".join(map(str, result.token_ids[0]))
-            print("" if stream else text, flush=True)
+            if not stream:
+                print(text, flush=True)
             print(dim(result.stats.one_line(), sys.stderr), file=sys.stderr)
     return 0
 

@@ -9,7 +9,8 @@ soon as it is full, once, and then comes and goes at the price of a read.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,20 @@ class KVDisk:
         self.number = reader.add(self.file)  # which closes it
         self.read = queue
         self.write = TransferQueue(SpillLink(self.file), WRITERS, trace)
+        self._abandoned: deque[tuple[Residency, dict[str, tuple[int, int]]]] = deque()
+
+    def abandon(self, residency: Residency, extents: dict[str, tuple[int, int]]) -> None:
+        """A store was collected as garbage, on whatever thread: what it held is taken back by the next `sweep`."""
+        self._abandoned.append((residency, extents))
+
+    def sweep(self) -> None:
+        """Take back what was abandoned."""
+        while self._abandoned:
+            residency, extents = self._abandoned.popleft()
+            residency.settle()
+            for offset, nbytes in extents.values():
+                self.file.free(offset, nbytes)
+            extents.clear()
 
     def close(self) -> None:
         """Stop the writers."""
@@ -141,6 +156,8 @@ class ChunkStore:
         self._extents: dict[str, tuple[int, int]] = {}  # of the spill file: offset and bytes
         self._leased: dict[str, Chunk] = {}  # those being filled and those that stay, in order of their leases
         self.books = KVBooks()
+        disk.sweep()
+        weakref.finalize(self, disk.abandon, self.residency, self._extents).atexit = False
 
     def new_list(self, layer: int, shape: KVShape, *, window: bool = False) -> ChunkList:
         """An empty sequence of a layer; one with a window is not attended to sparsely."""
@@ -309,10 +326,8 @@ class ChunkStore:
 
     def close(self) -> None:
         """Give all memory and disk back; the store is of no use after this."""
-        self.residency.abandon()
-        for offset, nbytes in self._extents.values():
-            self._disk.file.free(offset, nbytes)
-        self._extents.clear()
+        self._disk.abandon(self.residency, self._extents)
+        self._disk.sweep()
 
     @property
     def bytes_read(self) -> int:

@@ -6,7 +6,6 @@ chunk by chunk.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -249,7 +248,3 @@ class TieredCache(Cache):  # type: ignore[misc]
             layer.reset()
         if store is not None:
             store.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at the interpreter's end anything may be gone already
-            self.close()

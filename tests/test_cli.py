@@ -87,6 +87,14 @@ def test_help_needs_no_heavy_import() -> None:
         (["generate", "{m}", "--prompt-ids", "5", "--link", "fast"], 2, "--link"),
         (["generate", "{m}", "--prompt-ids", "5", "--device", "cpu", "--graphs"], 2, "--graphs"),
         (["generate", "{m}", "--prompt-ids", "5", "--device", "emulated", "--vram", "1GiB", "--graphs"], 2, "--graphs"),
+        (["generate", "{m}", "--prompt-ids", "5", "--kv-resident", "0"], 2, "--kv-resident"),
+        (["generate", "{m}", "--prompt-ids", "5", "--kv-resident", "200%"], 2, "--kv-resident"),
+        (["generate", "{m}", "--prompt-ids", "5", "--kv-resident", "abc"], 2, "--kv-resident"),
+        (["generate", "{m}", "--prompt-ids", "5", "--kv-resident", "1MB", "--spill-dir", "/proc/x"], 2, "--spill-dir"),
+        (["generate", "{m}", "--prompt-ids", "5", "--kv-resident", "1MB", "--disk", "50%"], 2, "--disk"),
+        (["generate", "{m}", "--prompt-ids", "5", "--kv-resident", "1MB", "--disk", "0"], 2, "--disk"),
+        (["generate", "{m}", "--prompt-ids", ",".join(["5"] * 200), "--kv-resident", "1", "--disk", "1KB"], 1,
+         "--disk: 1000 bytes are too few"),
         (["profile", "/nowhere/at/all"], 1, "/nowhere/at/all"),
     ],
 )  # fmt: skip
@@ -140,6 +148,36 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture[str], tiny_moe: Path
     assert 0 <= d["hit_rate"] < 1
     assert d["peak_rss_bytes"] > 0
     assert d["exact"] is True
+
+
+def test_keys_and_values_over_memory_and_disk(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    args = ["generate", "demo-moe", "--prompt-ids", ",".join(str(5 + i % 200) for i in range(150)), "--json",
+            "--max-new-tokens", "40"]  # fmt: skip
+    code, out, err = run(capsys, *args)
+    assert (code, err) == (0, "")
+    plain = json.loads(out)
+    assert (plain["kv_bytes_read"], plain["kv_bytes_written"], plain["bytes_written"]) == (0, 0, 0)
+    code, out, err = run(capsys, *args, "--kv-resident", "10%", "--spill-dir", str(tmp_path / "spill"))
+    assert code == 0
+    tiered = json.loads(out)
+    assert tiered["token_ids"] == plain["token_ids"]
+    assert tiered["exact"] is True
+    assert tiered["kv_bytes_read"] > tiered["kv_bytes_written"] > 0
+    assert tiered["bytes_written"] == tiered["kv_bytes_written"]
+    assert tiered["bytes_read"] >= tiered["kv_bytes_read"]
+    assert list((tmp_path / "spill").iterdir()) == [], "nothing is left, nor was to be seen"
+
+
+def test_kv_memory_that_is_too_small_is_raised_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", "demo-moe", "--prompt-ids", "5,6,7", "--max-new-tokens", "100", "--json"]
+    code, out, err = run(capsys, *args, "--kv-resident", "1B")
+    assert code == 0
+    assert len(json.loads(out)["token_ids"]) > 0
+    (line,) = err.strip().splitlines()
+    assert "--kv-resident 1B is raised to" in line
+    assert "the smallest that works for this request" in line
+    code, _, err = run(capsys, *args, "--kv-resident", "100%")
+    assert (code, err) == (0, "")
 
 
 def test_same_seed_same_answer(capsys: pytest.CaptureFixture[str], tiny_moe: Path) -> None:

@@ -330,14 +330,13 @@ class Residency:
                     self._queue.cancel(entry.ticket)
                     self._forget(entry, entry.ticket)
 
-    def abandon(self) -> None:
-        """Nothing here is wanted any more: end what is under way, both ways. The caller uses no slot after this."""
+    def settle(self) -> None:
+        """Cancel every transfer, and return when no slot is read or written any more: the blocks are given up."""
         with self._lock:
             for entry in self._entries.values():
                 for ticket, queue in ((entry.ticket, self._queue), (entry.spilling, self._down)):
                     if ticket is not None and not ticket.done and queue is not None:
                         queue.cancel(ticket)
-            self._entries.clear()
 
     def blocks(self) -> Iterable[Block]:
         """All registered blocks."""

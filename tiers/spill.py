@@ -33,9 +33,9 @@ class SpillFile(OpenFile):
         self._end = 0
         self._free: list[tuple[int, int]] = []  # (offset, bytes) in order, no two of them side by side
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if _in_memory(folder):
+            if _in_memory(next(p for p in (folder, *folder.absolute().parents) if p.exists())):
                 raise UsageError(f"--spill-dir {folder} lies in memory (tmpfs); name a folder on a disk")
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd, name = tempfile.mkstemp(prefix="offload-spill-", dir=folder)
         except OSError as e:
             raise UsageError(f"--spill-dir {folder} cannot be written to: {e.strerror}") from e
@@ -66,7 +66,8 @@ class SpillFile(OpenFile):
                     return at
             if self.limit is not None and self._end + size > self.limit:
                 raise OffloadError(
-                    f"--disk: {self.limit} bytes are all used up by what is spilled; allow more, or keep more in memory"
+                    f"--disk: {self.limit} bytes are too few for what is spilled: {self._end} are taken, {size} more "
+                    "are needed; allow more, or keep more in memory"
                 )
             at, self._end = self._end, self._end + size
             return at
