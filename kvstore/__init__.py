@@ -3,7 +3,6 @@
 Knows nothing of experts.
 """
 
-from kvstore.attend import FewTokens, attend
 from kvstore.attention import Rule
 from kvstore.chunks import KVShape
 from kvstore.nodes import NODE_TOKENS, Layer, Segment
@@ -15,6 +14,7 @@ from kvstore.sparse import SparseOptions
 from kvstore.states import Snapshot
 from kvstore.store import ChunkStore, KVBooks, KVDisk, chunk_tokens, slots_for
 from kvstore.tiered import TieredCache, TieredLayer
+from kvstore.tiered_attention import FewTokens, attend
 from kvstore.windows import WindowLayer
 
 __all__ = [

@@ -40,6 +40,7 @@ WRITERS = 2  # writes in flight: the disk's queue is for reads
 RING = 8  # slots that chunks pass through: as many reads in flight as a disk needs
 LEAST_RING = 2  # one being attended to, one on its way
 SPARSE_TOKENS = ((16, 4096), (32, 16384), (64, 1 << 62))  # of a chunk, for sequences up to
+SHORTEST = 8 * LEAST_TOKENS  # tokens of sequences that run together: shorter ones are mostly chunks being filled
 _RUN = 64  # most chunks attended to in one call
 _POOL = "kv"
 

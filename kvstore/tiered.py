@@ -1,7 +1,7 @@
 """The cache whose chunks are in memory, on their way, or on disk: transformers' `Cache`, one layer at a time.
 
-`update` hands back the new keys and values only; attention (`kvstore.attend`) reads what came before from the store,
-chunk by chunk.
+`update` hands back the new keys and values only; `kvstore.tiered_attention` reads what came before from the store, chunk
+by chunk.
 """
 
 from __future__ import annotations
@@ -244,7 +244,6 @@ class TieredCache(Cache):  # type: ignore[misc]
         """Give memory and disk back. The cache is empty afterwards, and may be filled anew."""
         store, self._store = self._store, None
         for layer in self.tiered:
-            layer.rows, layer.front = [], None
             layer.reset()
         if store is not None:
             store.close()

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Stopp
 from transformers.cache_utils import Cache
 
 from kvstore import Session, Sessions, TieredCache
+from kvstore.store import SHORTEST
 from moe import LayerUse
 from offload.conversation import Conversation, Message
 from offload.engine import Engine
@@ -223,7 +224,10 @@ class Model:
     ) -> Generation:  # fmt: skip
         stats = self.stats
         longest = max(map(len, ids))
-        at_once = max(1, self.plan.context // num_beams // (longest + room))
+        each = longest + room
+        if self.plan.kv_tiered:  # what is being filled of each was set aside for so many only
+            each = max(each, SHORTEST)
+        at_once = max(1, self.plan.context // num_beams // each)
         result = Generation([], [], [], stats, notes)
         clock = _Clock(began)
         self.engine.steps.clear()

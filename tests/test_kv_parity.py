@@ -279,16 +279,16 @@ def test_masks_that_are_no_rule_are_refused(case: Case) -> None:
 
 @of(CROPPABLE)
 def test_a_conversation_gives_everything_back(case: Case) -> None:
-    """A cache kept over turns, taken back to what the turns share, and dropped."""
-    cache = case.model.engine.new_cache(160)
-    first = case.model.run(case.prompts[:1], max_new_tokens=NEW, cache=cache).token_ids[0]
+    """A history kept over turns, taken back to what the turns share, and dropped."""
+    history = case.model.history()
+    first = case.model.run(case.prompts[:1], max_new_tokens=NEW, history=history).token_ids[0]
     assert first == case.greedy
     ids = [*case.prompts[0][:50], *case.prompts[1]]
-    assert rollback(cache, 50)
-    got = case.model.run([ids], max_new_tokens=NEW, cache=cache).token_ids[0]
+    got = case.model.run([ids], max_new_tokens=NEW, history=history).token_ids[0]
     assert got == oracle_new(case, torch.tensor([ids]))[0][: len(got)]
+    assert history.reused == 50
     assert spilled(case.model.engine) > 0
-    cache.close()
+    history.forget()
 
 
 @of(ATTENTIONS)
