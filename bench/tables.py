@@ -331,6 +331,34 @@ def _regret(result: Result) -> str:
                       f"{result['date'].split()[0]}."])  # fmt: skip
 
 
+def _sparse(result: Result) -> str:
+    budgets = sorted({r["budget"] for r in result["rows"]}, reverse=True)
+    policies = list(dict.fromkeys(r["policy"] for r in result["rows"]))
+    contexts = [r["context"] for r in result["full"]]
+
+    def shown(what: str, policy: str, budget: float) -> str:
+        found = [r[what] for r in result["rows"] if (r["policy"], r["budget"]) == (policy, budget)]
+        values = [v for v in found if v is not None]
+        return f"{100 * sum(values) / len(values):.0f}" if values else "–"
+
+    lines = [f"| policy | {' | '.join(f'{b:g} %' for b in budgets)} |", "|---" * (len(budgets) + 1) + "|"]
+    for policy in policies:
+        cells = [f"{shown('recall', policy, b)} / {shown('agreement', policy, b)}" for b in budgets]
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
+    full = ", ".join(f"{100 * r['recall']:.0f} % at {r['context']}" for r in result["full"] if r["recall"] is not None)
+    asked, tokens = (sum(r[k] for r in result["full"]) for k in ("questions", "tokens"))
+    how = f"chunks of {result['chunk_tokens']} tokens" if result["chunk_tokens"] else "the engine's own chunks"
+    return "\n".join([
+        *lines, "",
+        f"Percent of {asked} recall questions answered / of {tokens} next tokens that are the full cache's, over the "
+        f"share of the context attended to: {result['model']}, contexts of {', '.join(map(str, contexts))} tokens, a "
+        f"code told at {', '.join(f'{100 * d:.0f}' for d in result['depths'])} % of them; {how}"
+        f"{', policies put into transformers' if result['runner'] == 'reference' else ''}. With all of the cache: "
+        f"{full}. "
+        f"{_machine(result['machine'])}, {result['date'].split()[0]}.",
+    ])  # fmt: skip
+
+
 def _machine(m: Result) -> str:
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['ram_bytes'] / GIB:.0f} GiB RAM, Linux {m['kernel'].split('-')[0]}, "
@@ -357,6 +385,7 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "regret": _regret,
     "routing": _routing,
     "hybrid": _hybrid,
+    "sparse": _sparse,
 }
 
 

@@ -9,27 +9,42 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from cli.progress import Progress, dim
-from offload.errors import Interrupted, UsageError
-from offload.model import Conversation, Model
+from offload.conversation import Conversation
+from offload.errors import Interrupted, StoreError, UsageError
+from offload.model import Model
 from offload.stats import RequestStats
 
-_HELP = "/clear starts anew · /stats tells about the last answer · /quit, Ctrl-D or Ctrl-C leaves"
+_HELP = (
+    "/undo takes the last turn back · /retry answers it anew · /branch NAME goes on under another name · "
+    "/clear starts anew · /stats tells about the last answer · /quit, Ctrl-D or Ctrl-C leaves"
+)
+Interruptible = Callable[[Model], AbstractContextManager[None]]
 
 
 def talk(
     model: Model,
     system: str | None,
+    session: str | None,
     options: dict[str, Any],
-    interruptible: Callable[[Model], AbstractContextManager[None]],
+    interruptible: Interruptible,
 ) -> int:
     """Read a line, stream the answer, tell how it went; until the user leaves. Returns the exit code."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
-    conversation = Conversation(model, system)
     model.render([{"role": "user", "content": "?"}])  # a model that cannot chat says so before the first prompt
-    name = model.engine.folder.name
-    print(dim(f"{name}: {model.plan.summary()}", sys.stderr), file=sys.stderr)
-    print(dim(_HELP, sys.stderr), file=sys.stderr)
+    with contextlib.closing(Conversation(model, system, session)) as conversation:
+        _tell(f"{model.name}: {model.plan.summary()}")
+        if session is not None and conversation.messages:
+            _tell(f"session {session}, {len(conversation.messages)} messages so far; the last ones:")
+            for message in conversation.messages[-2:]:
+                _tell(f"  {message['role']}: {_short(message['content'])}")
+        _notes(conversation)
+        _tell(_HELP)
+        return _loop(conversation, model, options, interruptible)
+
+
+def _loop(conversation: Conversation, model: Model, options: dict[str, Any], interruptible: Interruptible) -> int:
+    retries = 0
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -42,33 +57,66 @@ def talk(
             return Interrupted.exit_code
         if not line:
             continue
-        if line.startswith("/"):
-            if line in ("/quit", "/exit"):
-                return 0
+        if line in ("/quit", "/exit"):
+            return 0
+        if line.startswith("/") and line != "/retry":
             _slash(line, conversation, model)
+            _notes(conversation)
             continue
+        retries = retries + 1 if line == "/retry" else 0
+        # the same seed would say the same again
+        now = {**options, "seed": options.get("seed", 0) + retries} if retries else options
         with interruptible(model), Progress() as progress:
             model.engine.on_prefill = progress
+
+            def show(piece: str) -> None:
+                print(piece, end="", flush=True)
+
             try:
-                result = conversation.say(line, lambda piece: print(piece, end="", flush=True), **options)
+                result = conversation.retry(show, **now) if retries else conversation.say(line, show, **now)
             except UsageError as e:
                 print(f"{e}; /clear starts anew" if "context" in str(e) else str(e), file=sys.stderr)
                 continue
         print()
+        _notes(conversation)
         if result is None:
-            print(dim("(stopped)", sys.stderr), file=sys.stderr)
+            _tell("(stopped)")
             continue
         for note in result.notes:
-            print(dim(note, sys.stderr), file=sys.stderr)
+            _tell(note)
         if result.finish[0] == "length":
-            print(dim("(cut short: --max-new-tokens or the context is reached)", sys.stderr), file=sys.stderr)
-        print(dim(result.stats.one_line(), sys.stderr), file=sys.stderr)
+            _tell("(cut short: --max-new-tokens or the context is reached)")
+        _tell(result.stats.one_line())
+
+
+def _tell(line: str) -> None:
+    print(dim(line, sys.stderr), file=sys.stderr)
+
+
+def _notes(conversation: Conversation) -> None:
+    for note in conversation.notes:
+        _tell(note)
+    conversation.notes.clear()
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else line[:97] + "..."
 
 
 def _slash(line: str, conversation: Conversation, model: Model) -> None:
     if line == "/clear":
         conversation.clear()
-        print(dim("(a new conversation)", sys.stderr), file=sys.stderr)
+        _tell("(a new conversation)")
+    elif line == "/undo" or line.startswith("/branch "):
+        try:
+            if line == "/undo":
+                _tell(f"(taken back: {_short(conversation.undo())})")
+            else:
+                conversation.branch(line.removeprefix("/branch ").strip())
+                _tell(f"(this is {conversation.session} from here on)")
+        except (UsageError, StoreError) as e:
+            print(e, file=sys.stderr)
     elif line == "/stats":
         s, t = model.stats, model.stats.total
         rows = {

@@ -41,7 +41,7 @@ def _setting(text: str) -> tuple[str, int]:
 
 def _settings(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--set", action="append", type=_setting, default=[], metavar="NAME=N", dest="settings",
-                        help="choose by hand: resident_layers, lookahead, expert_slots, prefill_chunk")  # fmt: skip
+                        help="by hand: resident_layers, lookahead, expert_slots, prefill_chunk, kv_chunk")  # fmt: skip
 
 
 def _loading() -> _Parser:
@@ -60,6 +60,10 @@ def _loading() -> _Parser:
     run.add_argument("--context", type=_whole, metavar="N", help="tokens to reserve KV for (default: what fits)")
     run.add_argument("--kv-resident", metavar="SIZE|PERCENT",
                      help="keys and values kept in memory, the others on disk (percent: of a request)")  # fmt: skip
+    run.add_argument("--kv-budget", metavar="N|PERCENT",
+                     help="sparse attention, not exact: a new token attends to so many tokens")  # fmt: skip
+    run.add_argument("--kv-policy", default="bounds", metavar="NAME", help="who chooses them (default: bounds)")
+    run.add_argument("--kv-by-layer", action="store_true", help="layers share that budget by how skewed they are")
     run.add_argument("--spill-dir", metavar="DIR", help="where they are written (default: the cache folder)")
     run.add_argument("--disk", metavar="SIZE", help="most bytes written there (default: no limit)")
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")
@@ -102,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk to a model. Ctrl-C stops an answer; at the prompt it leaves.",
     )  # fmt: skip
     chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--session", metavar="NAME", help="keep the conversation under this name, and go on with it")
     generate = commands.add_parser(
         "generate", parents=[common], allow_abbrev=False, help="continue one prompt", description="Continue one prompt."
     )
@@ -112,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     generate.add_argument("--stop", action="append", metavar="TEXT", help="stop after this text; may be repeated")
     generate.add_argument("--num-beams", type=_whole, default=1, metavar="N", help="beam search")
+    generate.add_argument("--session", metavar="NAME", help="keep what is computed, and read what any session has")
+    generate.add_argument("--prefix-cache", action="store_true",
+                          help="read the front of the prompt that is stored, and store what is computed")  # fmt: skip
     generate.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     plan = commands.add_parser(
         "plan", allow_abbrev=False, help="what would live where, and how fast it would be",
@@ -165,7 +173,30 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link")
     profile.add_argument("--fresh", action="store_true", help="measure again")
     profile.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    _sessions(commands)
     return parser
+
+
+def _sessions(commands: argparse._SubParsersAction[_Parser]) -> None:
+    sessions = commands.add_parser(
+        "sessions", allow_abbrev=False, help="list, show and remove conversations",
+        description="Conversations are kept with the keys and values of what was said, so that they go on at once.",
+    )  # fmt: skip
+    actions = sessions.add_subparsers(dest="action", metavar="list|show|rm|prune", parser_class=_Parser, required=True)
+    for action, says in (
+        ("list", "all of them, those used last first"),
+        ("show", "what was said in one"),
+        ("rm", "forget one; the next prune frees what only it needed"),
+        ("prune", "free keys and values that no conversation needs, or with --limit the least recently used of them"),
+    ):
+        parser = actions.add_parser(action, allow_abbrev=False, help=says, description=says[0].upper() + says[1:] + ".")
+        if action in ("show", "rm"):
+            parser.add_argument("name", metavar="NAME")
+        if action == "prune":
+            parser.add_argument(
+                "--limit", metavar="SIZE", help="stop when no more than this is left (default: free all)"
+            )
+        parser.add_argument("--json", action="store_true", help="print JSON on standard output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

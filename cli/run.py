@@ -24,7 +24,8 @@ def command(args: argparse.Namespace) -> int:
     """Dispatch, and turn errors into one line and an exit code."""
     _quiet_libraries()
     try:
-        commands = {"chat": _chat, "generate": _generate, "plan": _plan, "bench": _bench, "profile": _profile}
+        commands = {"chat": _chat, "generate": _generate, "plan": _plan, "bench": _bench, "profile": _profile,
+                    "sessions": _sessions}  # fmt: skip
         return commands[args.command](args)
     except Interrupted:
         print("offload: interrupted", file=sys.stderr)
@@ -54,7 +55,8 @@ def _load(args: argparse.Namespace) -> Model:
             context=args.context, threads=args.threads, link=args.link, trace=args.trace, graphs=args.graphs,
             overrides=dict(args.settings), expert_policy=args.expert_policy, expert_depth=args.expert_depth,
             expert_predictor=args.expert_predictor, expert_compute=args.expert_compute,
-            kv_resident=args.kv_resident, spill_dir=args.spill_dir, disk=args.disk,
+            kv_resident=args.kv_resident, kv_budget=args.kv_budget, kv_policy=args.kv_policy,
+            kv_by_layer=args.kv_by_layer, spill_dir=args.spill_dir, disk=args.disk,
             record_routing=args.record_routing, replay_routing=getattr(args, "replay_routing", None), progress=progress,
         )  # fmt: skip
 
@@ -104,6 +106,8 @@ def _generate(args: argparse.Namespace) -> int:
             stop=args.stop,
             num_beams=args.num_beams,
             on_text=(lambda piece: print(piece, end="", flush=True)) if stream else None,
+            session=args.session,
+            prefix_cache=args.prefix_cache,
             **_sampling(args),
         )
         for note in result.notes:
@@ -124,6 +128,8 @@ def _as_json(result: Any) -> dict[str, Any]:
         "text": result.text[0],
         "finish_reason": result.finish[0],
         "prompt_tokens": stats.prompt_tokens,
+        "prefill_tokens": stats.prompt_tokens - stats.reused_tokens,
+        "reused_tokens": stats.reused_tokens,
         "new_tokens": stats.new_tokens,
         "load_s": stats.load_s,
         "ttft_s": stats.ttft_s,
@@ -155,7 +161,7 @@ def _as_json(result: Any) -> dict[str, Any]:
             }
             for i, (u, size) in enumerate(zip(stats.experts_by_layer, stats.expert_bytes, strict=True))
         ],
-        "exact": True,
+        "exact": stats.exact,
     }
 
 
@@ -172,7 +178,7 @@ def _chat(args: argparse.Namespace) -> int:
     from cli.chat import talk
 
     with _load(args) as model:
-        return talk(model, args.system, _sampling(args), _interruptible)
+        return talk(model, args.system, args.session, _sampling(args), _interruptible)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -262,3 +268,9 @@ def _profile(args: argparse.Namespace) -> int:
     for note in p.notes:
         print(f"({note})")
     return 0
+
+
+def _sessions(args: argparse.Namespace) -> int:
+    from cli.sessions import command
+
+    return command(args)

@@ -1,13 +1,25 @@
-"""Keys and values: in memory with the compute, or over memory and disk. Knows nothing of experts."""
+"""Keys and values: in memory with the compute, over memory and disk, and kept on disk as a tree of prefixes.
+
+Knows nothing of experts.
+"""
 
 from kvstore.attend import FewTokens, attend
 from kvstore.attention import Rule
 from kvstore.chunks import KVShape
+from kvstore.nodes import NODE_TOKENS, Layer, Segment
+from kvstore.prefixes import Match, PrefixStore
+from kvstore.pruning import Pruned
 from kvstore.reserved import ReservedLayer, make_cache, rollback
+from kvstore.sessions import Session, Sessions, Summary, mismatch
+from kvstore.sparse import SparseOptions
+from kvstore.states import Snapshot
 from kvstore.store import ChunkStore, KVBooks, KVDisk, chunk_tokens, slots_for
 from kvstore.tiered import TieredCache, TieredLayer
+from kvstore.windows import WindowLayer
 
 __all__ = [
-    "ChunkStore", "FewTokens", "KVBooks", "KVDisk", "KVShape", "ReservedLayer", "Rule", "TieredCache", "TieredLayer",
-    "attend", "chunk_tokens", "make_cache", "rollback", "slots_for",
+    "NODE_TOKENS", "ChunkStore", "FewTokens", "KVBooks", "KVDisk", "KVShape", "Layer", "Match", "PrefixStore",
+    "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions", "Snapshot", "SparseOptions", "Summary",
+    "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens", "make_cache", "mismatch", "rollback",
+    "slots_for",
 ]  # fmt: skip

@@ -6,15 +6,19 @@ it lies; a prompt by blocks.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import torch
 
-from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered
-from kvstore.chunks import Chunk, ChunkList
+from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered, partial
+from kvstore.chunks import Chunk
 from kvstore.softmax import AttentionState
+from kvstore.sparse import OBSERVED, share_out
+from kvstore.store import Span
 from kvstore.tiered import TieredCache, TieredLayer
 
 
@@ -42,12 +46,18 @@ def attend(
     """
     if cache is None or layer is None:
         return _by_blocks(None, None, query, keys, values, rule, pads, sinks, expand)
-    if few is not None and query.shape[2] == 1 and expand is None:
-        out = _token(cache, layer, query, rule, pads, sinks, few)
+    sparse = layer.rows[0].sparse
+    if query.shape[2] == 1 and expand is None:
+        measured = sparse is not None and sparse.selector.needs_mass
+        out = _token(cache, layer, query, rule, pads, sinks, few) if few is not None and not measured else None
+        if out is None and sparse is not None:
+            out = _chosen(cache, layer, query, rule, pads, sinks)
         if out is not None:
             return out
     out = _by_blocks(cache, layer, query, keys, values, rule, pads, sinks, expand)
     layer.append_new()
+    if sparse is not None and query.shape[2] > 1 and cache.prompt_ends:
+        _observe(cache, layer, query, rule)
     return out
 
 
@@ -58,37 +68,126 @@ def _token(
     """One token per sequence: what is in memory in one call, then what arrives. None if the kernel cannot."""
     batch, heads, _, _ = query.shape
     layer.append_new()  # the new token is one of those attended to
-    length = layer.past
+    length, ahead = layer.past, layer.ahead
     shape = cache.store.shape_of(layer.number)
+    host = query.cpu()
     state = AttentionState.empty(batch, heads, shape.value_dim)
     carried = state.largest, state.total, state.mixed
     tokens = layer.rows[0].tokens
     strides = (tokens * shape.key_dim, shape.key_dim, tokens * shape.value_dim, shape.value_dim)
-    step = shape.key_dim * shape.dtype.itemsize, shape.value_dim * shape.dtype.itemsize
+    # those that stay first, of all sequences at once; what comes and goes in its own order, whenever it arrives:
+    # sums depend on the order and not on how it is divided
     table = array("q")
-    away: list[list[tuple[Chunk, int, int]]] = []
+    away: list[list[Span]] = []
     for b, row in enumerate(layer.rows):
-        passing = []
-        for span in row.spans(_first_seen(row, pads[b], length - 1, rule), length):
-            chunk, start, stop = span
-            if chunk.views is None:
-                passing.append(span)
-                continue
-            k, v = chunk.address
-            table.extend((b, k + start * step[0], v + start * step[1], stop - start))
-        away.append(passing)
-    if not few(query, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
+        low = max(_first_seen(pads[b], length - 1, rule) - ahead, 0)
+        chosen = row.sparse.choose(row.length, host[b, :, 0], rule.scale) if row.sparse is not None else None
+        spans = list(row.spans(low, row.length, chosen))
+        stay = [s for s in spans if s[0].lease is not None] if chosen is None else []
+        for k, v, n in cache.store.located(stay):
+            table.extend((b, k, v, n))
+        away.append([s for s in spans if s[0].lease is None] if chosen is None else spans)
+    if not few(host, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
         return None
     for b, passing in enumerate(away):
-        for keys, values in cache.store.reading(passing, later(cache, layer, b)):
-            one = array("q", (b, keys.data_ptr(), values.data_ptr(), keys.shape[1]))
-            few(query, one, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
+        with closing(cache.store.addresses(passing, later(cache, layer, b))) as runs:
+            for run in runs:
+                part = array("q", [x for k, v, n in run for x in (b, k, v, n)])
+                few(host, part, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
+    if layer.front is None:
+        if sinks is not None:
+            state.merge(torch.zeros(batch, heads, 1, shape.value_dim), sinks.float().expand(batch, heads))
+        return state.result()[0].to(query.dtype).transpose(1, 2).to(query.device)
+    # what crosses the link is the token's query, and its partial result
+    out, lse = (t.to(query.device) for t in state.result())
+    merged = Merged(batch, heads, 1, shape.value_dim, query.device)
     if sinks is not None:
-        state.merge(torch.zeros(batch, heads, 1, shape.value_dim), sinks.float().expand(batch, heads))
-    return state.result()[0].to(query.dtype).transpose(1, 2)
+        merged.lse.copy_(sinks.float()[None, :, None].expand(batch, heads, 1))
+    merged.add(out, lse[..., None])
+    _add_front(layer, merged, query, length - 1, rule, pads)
+    return merged.out.to(query.dtype).transpose(1, 2).contiguous()
 
 
-def _first_seen(row: ChunkList, pad: int, query: int, rule: Rule) -> int:
+def _add_front(
+    layer: TieredLayer, merged: Merged, query: torch.Tensor, first_query: int, rule: Rule, pads: Sequence[int],
+    expand: Expand | None = None,
+) -> None:  # fmt: skip
+    """The part of the past that is in device memory."""
+    front = layer.front
+    assert front is not None
+    for row in [slice(None)] if not any(pads) else [slice(b, b + 1) for b in range(len(pads))]:
+        low = 0 if row.start is None else min(pads[row.start], front.length)
+        late = 0 if row.start is None else max(0, pads[row.start] - first_query)
+        if low == front.length or late >= query.shape[2]:
+            continue
+        keys, values = front.keys[row, :, low:], front.values[row, :, low:]
+        here = expand(keys, values) if expand is not None else (keys, values)
+        for at, out, lse in blocks(query[row, :, late:], *here, first_query + late, low, rule):
+            merged.add(out, lse, slice(at.start + late, at.stop + late), row)
+
+
+def _chosen(
+    cache: TieredCache, layer: TieredLayer, query: torch.Tensor, rule: Rule, pads: Sequence[int],
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """One token per sequence over the chunks chosen, in plain torch; tells the selector where attention fell."""
+    batch, heads, _, _ = query.shape
+    layer.append_new()
+    length, ahead = layer.past, layer.ahead
+    state = AttentionState.empty(batch, heads, cache.store.shape_of(layer.number).value_dim, query.device)
+    if sinks is not None:
+        state.merge(torch.zeros_like(state.mixed)[:, :, None], sinks.float().expand(batch, heads))
+    for b, row in enumerate(layer.rows):
+        assert row.sparse is not None
+        row.sparse.view.mass = functools.partial(_true_mass, cache, layer, b, rule)
+        chosen = row.sparse.choose(row.length, query[b, :, 0], rule.scale) or range(len(row.chunks))
+        spans = list(row.spans(max(_first_seen(pads[b], length - 1, rule) - ahead, 0), row.length, chosen))
+        mine = AttentionState(*(t[b : b + 1] for t in (state.largest, state.total, state.mixed)))
+        found = []
+        for k, v in cache.store.reading(spans, later(cache, layer, b)):
+            out, lse = partial(query[b : b + 1], k[None].to(query.device), v[None].to(query.device), rule)
+            mine.merge(out, lse[..., 0])
+            found.append(lse[0, :, 0])
+        mass = (torch.stack(found, 1) - mine.result()[1][0, :, None]).exp()
+        first = len(chosen) - len(spans)  # chunks of padding alone are chosen, and seen by nobody
+        row.sparse.selector.attended(row.sparse.view, chosen[first:], mass.cpu())
+    out, lse = state.result()
+    if layer.front is None:
+        return out.to(query.dtype).transpose(1, 2)
+    merged = Merged(batch, heads, 1, out.shape[3], query.device)
+    merged.add(out, lse[..., None])
+    _add_front(layer, merged, query, length - 1, rule, pads)
+    return merged.out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _true_mass(
+    cache: TieredCache, layer: TieredLayer, b: int, rule: Rule, query: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The share of each head's attention that falls on every chunk, for query [heads, D]: [heads, chunks]."""
+    return _mass(cache, layer, b, query[None, :, None], rule)
+
+
+def _mass(cache: TieredCache, layer: TieredLayer, b: int, query: torch.Tensor, rule: Rule) -> torch.Tensor:
+    row = layer.rows[b]
+    spans = list(row.spans(0, row.length))
+    parts = [
+        partial(query, k[None].to(query.device), v[None].to(query.device), rule)[1][0]
+        for k, v in cache.store.reading(spans, ())
+    ]
+    return torch.stack(parts, -1).softmax(-1).mean(1).cpu()
+
+
+def _observe(cache: TieredCache, layer: TieredLayer, query: torch.Tensor, rule: Rule) -> None:
+    """Measure where the prompt's last queries look; when all layers have, they share their budget out by it."""
+    last = query[:, :, -OBSERVED:]
+    for b, row in enumerate(layer.rows):
+        if row.sparse is not None:
+            row.sparse.observed(_mass(cache, layer, b, last[b : b + 1], rule))
+    for b in range(len(layer.rows)):
+        share_out([y.rows[b].sparse for y in cache.tiered if y.rows and y.rows[b].sparse is not None])  # type: ignore[misc]
+
+
+def _first_seen(pad: int, query: int, rule: Rule) -> int:
     """The first position that the query at position `query` sees; at least that of the query itself."""
     low = pad if rule.window is None else max(pad, query - rule.window + 1)
     return min(low, query)
@@ -119,6 +218,8 @@ def _by_blocks(
             merged.add(out, lse, slice(at.start + late, at.stop + late), row)
     if past:
         assert layer is not None and cache is not None
+        if layer.front is not None:
+            _add_front(layer, merged, query, first_query, rule, pads, expand)
         _attend_past(layer, cache, merged, query, first_query, past, rule, pads, expand)
     return merged.out.to(query.dtype).transpose(1, 2).contiguous()
 
@@ -132,22 +233,32 @@ def _attend_past(
         late = max(0, pads[b] - first_query)
         if late >= query.shape[2]:
             continue
-        low = pads[b] if rule.window is None else max(pads[b], first_query + late - rule.window + 1)
+        ahead = layer.ahead
+        low = max(pads[b], ahead)
+        if rule.window is not None:
+            low = max(low, first_query + late - rule.window + 1)
         if low >= past:
             continue
         mine = query[b : b + 1, :, late:]
-        parts = cache.store.reading(list(row.spans(low, past)), later(cache, layer, b))
-        for k, v in gathered(parts, BLOCK):
-            here = expand(k, v) if expand is not None else (k, v)
-            for at, out, lse in blocks(mine, *here, first_query + late, low, rule):
-                merged.add(out, lse, slice(at.start + late, at.stop + late), slice(b, b + 1))
-            low += k.shape[2]
+        here = cache.on_host(mine.shape[2]) and expand is None  # weights that expand are on the device
+        if here:
+            mine = mine.cpu()
+        with closing(cache.store.reading(list(row.spans(low - ahead, past - ahead)), later(cache, layer, b))) as parts:
+            for keys, values in gathered(parts, BLOCK):
+                n = keys.shape[2]
+                if not here:
+                    keys, values = cache.lift(keys), cache.lift(values)
+                if expand is not None:
+                    keys, values = expand(keys, values)
+                for at, out, lse in blocks(mine, keys, values, first_query + late, low, rule):
+                    at = slice(at.start + late, at.stop + late)
+                    merged.add(out.to(query.device), lse.to(query.device), at, slice(b, b + 1))
+                low += n
 
 
 def later(cache: TieredCache, layer: TieredLayer, row: int) -> Iterator[Chunk]:
     """What attention will read after this sequence of this layer, around to the next step's first layer."""
-    for other in layer.rows[row + 1 :]:
-        yield from (c for c in other.chunks if c.lease is None)
+    yield from layer.passing(row + 1)
     n = len(cache.tiered)
     for i in range(1, n):
         yield from cache.tiered[(layer.number + i) % n].passing()

@@ -6,13 +6,17 @@ the other, so that attention reads memory in long runs whatever part of the chun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from tiers import Lease, Slot, page_up
+
+if TYPE_CHECKING:
+    from kvstore.sparse import SparseRow
 
 TARGET_BYTES = 1 << 20  # of a chunk: what one direct read is best at
 LEAST_TOKENS, MOST_TOKENS = 16, 256
@@ -64,7 +68,7 @@ class Chunk:
     `stay`. Others come and go.
     """
 
-    __slots__ = ("address", "key", "layer", "lease", "offset", "owners", "stays", "views")
+    __slots__ = ("key", "layer", "lease", "offset", "owners", "stays", "views")
 
     def __init__(self, key: str, layer: int) -> None:
         self.key = key
@@ -74,7 +78,6 @@ class Chunk:
         self.offset: int | None = None  # in the spill file, once it has been written
         self.lease: Lease | None = None
         self.views: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.address = (0, 0)  # of the keys and the values, while there are views
 
 
 class Store(Protocol):
@@ -88,6 +91,10 @@ class Store(Protocol):
         """Lease the chunk, to be written to."""
         ...
 
+    def looking(self, chunk: Chunk) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]:
+        """The chunk's views, to be read while the context lasts."""
+        ...
+
     def full(self, chunk: Chunk) -> None:
         """The chunk, which is leased, will not change for now."""
         ...
@@ -98,11 +105,15 @@ class Store(Protocol):
 
 
 class ChunkList:
-    """One layer of one sequence: its tokens in chunks of `tokens`, the last one partly filled."""
+    """One layer of one sequence: its tokens in chunks of `tokens`, the last one partly filled.
 
-    __slots__ = ("_store", "chunks", "layer", "length", "tokens")
+    `sparse` is told of full chunks, if there is one.
+    """
 
-    def __init__(self, store: Store, layer: int, tokens: int) -> None:
+    __slots__ = ("_store", "chunks", "layer", "length", "sparse", "tokens")
+
+    def __init__(self, store: Store, layer: int, tokens: int, sparse: SparseRow | None = None) -> None:
+        self.sparse = sparse
         self._store = store
         self.layer = layer
         self.tokens = tokens
@@ -124,6 +135,8 @@ class ChunkList:
             v[:, at : at + part] = values[:, done : done + part]
             done, self.length = done + part, self.length + part
             if at + part == self.tokens:
+                if self.sparse is not None:
+                    self.sparse.full(len(self.chunks) - 1, k)
                 self._store.full(chunk)
 
     def _own(self, number: int, filled: int) -> Chunk:
@@ -134,14 +147,15 @@ class ChunkList:
                 self._store.open(chunk)
             return chunk
         mine = self._store.create(self.layer)
-        leased = chunk.lease is not None
-        self._store.open(chunk)
-        assert mine.views is not None and chunk.views is not None
-        for new, old in zip(mine.views, chunk.views, strict=True):
-            new[:, :filled] = old[:, :filled]
+        try:
+            with self._store.looking(chunk) as views:
+                assert mine.views is not None
+                for new, old in zip(mine.views, views, strict=True):
+                    new[:, :filled] = old[:, :filled]
+        except BaseException:
+            self._store.give_up(mine)
+            raise
         chunk.owners -= 1
-        if not leased:
-            self._store.full(chunk)
         self.chunks[number] = mine
         return mine
 
@@ -152,20 +166,24 @@ class ChunkList:
             self._leave(chunk)
         del self.chunks[keep:]
         self.length = length
+        if self.sparse is not None:
+            self.sparse.crop(length // self.tokens)
 
     def fork(self) -> ChunkList:
         """Another sequence with the same tokens so far; nothing is copied before one of the two changes."""
-        other = ChunkList(self._store, self.layer, self.tokens)
+        sparse = self.sparse.copy() if self.sparse is not None else None
+        other = ChunkList(self._store, self.layer, self.tokens, sparse)
         other.chunks, other.length = list(self.chunks), self.length
         for chunk in self.chunks:
             chunk.owners += 1
         return other
 
-    def spans(self, start: int, stop: int) -> Iterator[tuple[Chunk, int, int]]:
-        """The chunks that hold tokens [start, stop), and which of their tokens those are."""
-        for number in range(start // self.tokens, -(-stop // self.tokens)):
-            first = number * self.tokens
-            yield self.chunks[number], max(start - first, 0), min(stop - first, self.tokens)
+    def spans(self, start: int, stop: int, only: Sequence[int] | None = None) -> Iterator[tuple[Chunk, int, int]]:
+        """The chunks that hold tokens [start, stop), and which of their tokens those are; `only` those numbers."""
+        first, end = start // self.tokens, -(-stop // self.tokens)
+        for number in range(first, end) if only is None else (n for n in only if first <= n < end):
+            at = number * self.tokens
+            yield self.chunks[number], max(start - at, 0), min(stop - at, self.tokens)
 
     def _leave(self, chunk: Chunk) -> None:
         chunk.owners -= 1

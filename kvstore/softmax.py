@@ -67,10 +67,10 @@ def attend(
     Scores are scale·query·key, or with `softcap` c: c·tanh(score / c) (Gemma 2, https://arxiv.org/abs/2408.00118).
     """
     batch, heads, _, width = query.shape
-    grouped = query.view(batch, keys.size(1), -1, width)  # heads that share keys and values, as rows of one product
-    scores = (grouped @ keys.transpose(-1, -2)).float() * scale
+    grouped = query.reshape(batch, keys.size(1), -1, width)  # heads that share keys and values, as rows of one product
+    scores = grouped.float() @ keys.float().transpose(-1, -2) * scale  # of bfloat16, products would be rounded
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     lse = scores.logsumexp(-1, keepdim=True)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
-    return (weights @ values.float()).view(batch, heads, 1, -1), lse.view(batch, heads)
+    return (weights @ values.float()).view(batch, heads, 1, values.size(-1)), lse.view(batch, heads)

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kvstore.chunks import LEAST_TOKENS, Chunk, ChunkList, KVShape
+from kvstore.chunks import LEAST_TOKENS, MOST_TOKENS, Chunk, ChunkList, KVShape
+from kvstore.sparse import SparseOptions, SparseRow
 from tiers import (
+    LRU,
     Arena,
     Block,
     DirectReader,
     Lease,
+    OffloadError,
     Residency,
     Segment,
+    Slot,
     SpillFile,
     SpillLink,
     Trace,
@@ -33,7 +38,12 @@ from tiers import (
 WRITERS = 2  # writes in flight: the disk's queue is for reads
 RING = 8  # slots that chunks pass through: as many reads in flight as a disk needs
 LEAST_RING = 2  # one being attended to, one on its way
+SPARSE_TOKENS = ((16, 4096), (32, 16384), (64, 1 << 62))  # of a chunk, for sequences up to
+_RUN = 64  # most chunks attended to in one call
 _POOL = "kv"
+
+
+Span = tuple[Chunk, int, int]  # a chunk, and which of its tokens
 
 
 class KVDisk:
@@ -76,6 +86,13 @@ class ScanPolicy:
         return next((k for k in self._used if evictable(k)), None)
 
 
+class Chosen(LRU):
+    """Chunks that are attended to if they are chosen: the one not chosen for longest goes first."""
+
+    def used(self, key: str) -> None:
+        """Being wanted is what counts, and that has been told."""
+
+
 @dataclass(slots=True)
 class KVBooks:
     """Bytes read from and written to disk, and seconds waited for them."""
@@ -90,36 +107,58 @@ class ChunkStore:
 
     `resident` bytes are kept in memory, raised to the least that works: for each sequence and layer the chunk that is
     being filled, and a ring. `tokens` of a chunk; layers of another shape than the first get as many as fit the slot.
+    Sequences that were not foreseen (forks), or grow longer, make do with the same slots: what would else stay leaves.
     """
 
     def __init__(
         self, disk: KVDisk, shape: KVShape, layers: int, batch: int, capacity: int, resident: int,
         *, tokens: int | None = None, interrupted: Callable[[], bool] | None = None,
+        sparse: SparseOptions | None = None,
     ) -> None:  # fmt: skip
         self._disk = disk
+        self._capacity = capacity
         self.tokens = tokens or shape.chunk_tokens()
         self.slot_nbytes = shape.chunk_nbytes(self.tokens)
         self.slots = slots_for(resident, self.slot_nbytes, layers, batch, capacity, self.tokens)
         self._shapes: dict[int, tuple[KVShape, int]] = {}  # by layer: and tokens of a chunk
         self._arena = Arena(self.slots * self.slot_nbytes)
-        self._policy = ScanPolicy()
+        self.sparse = sparse
+        self._policy = ScanPolicy() if sparse is None else Chosen()
         self.residency = Residency(self._arena, disk.read, down=disk.write)
         self.residency.interrupted = interrupted
         self.residency.add_pool(_POOL, self.slot_nbytes, self.slots, self._policy)
         tails = layers * batch
         whole = tails * -(-capacity // self.tokens)
         ring = 0 if self.slots >= whole else min(RING, max(LEAST_RING, (self.slots - tails) // 2))
-        each, rest = divmod(max(0, self.slots - tails - ring), layers)
-        # the last chunk of a sequence is a tail anyway
+        self._run = max(1, ring // 2) if ring else _RUN
+        stay = max(0, self.slots - tails - ring)
+        if sparse is not None:
+            # what is chosen changes: whatever was not chosen for longest makes way
+            stay, self._run = (0 if ring else stay), max(1, min(_RUN, (self.slots - tails) // 2))
+        each, rest = divmod(stay, layers)
         self._may_stay = [each + (n < rest) for n in range(layers)]
         self._numbers = itertools.count()
+        self._extents: dict[str, tuple[int, int]] = {}  # of the spill file: offset and bytes
+        self._leased: dict[str, Chunk] = {}  # those being filled and those that stay, in order of their leases
         self.books = KVBooks()
 
-    def new_list(self, layer: int, shape: KVShape) -> ChunkList:
-        """An empty sequence of a layer."""
+    def new_list(self, layer: int, shape: KVShape, *, window: bool = False) -> ChunkList:
+        """An empty sequence of a layer; one with a window is not attended to sparsely."""
         if layer not in self._shapes:
-            self._shapes[layer] = shape, min(self.tokens, self.slot_nbytes // shape.token_nbytes)
-        return ChunkList(self, layer, self._shapes[layer][1])
+            tokens = min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+            if not tokens:
+                raise OffloadError(
+                    f"--kv-resident: one token of layer {layer} takes {shape.token_nbytes} bytes, a chunk of the first "
+                    f"layer only {self.slot_nbytes}; give chunks more tokens with --set kv_chunk"
+                )
+            self._shapes[layer] = shape, tokens
+        tokens = self._shapes[layer][1]
+        sparse = (
+            SparseRow(self.sparse, layer, shape, tokens, -(-self._capacity // tokens))
+            if self.sparse is not None and not window
+            else None
+        )
+        return ChunkList(self, layer, tokens, sparse)
 
     def shape_of(self, layer: int) -> KVShape:
         """What the layer keeps of a token. Raises `KeyError` for one that keeps nothing yet."""
@@ -129,6 +168,7 @@ class ChunkStore:
 
     def create(self, layer: int) -> Chunk:
         """See `Store`. Waits for a slot; raises `Interrupted`, and what made a spill fail (a full disk)."""
+        self._keep_free(1)
         chunk = Chunk(f"kv.{next(self._numbers)}", layer)
         shape, tokens = self._shapes[layer]
         block = Block(chunk.key, tokens * shape.token_nbytes, self.slot_nbytes, ())
@@ -138,9 +178,22 @@ class ChunkStore:
     def open(self, chunk: Chunk) -> None:
         """See `Store`."""
         if chunk.lease is None:
+            self._keep_free(1)
             self._lease(chunk, self.residency.acquire(chunk.key))
         if chunk.offset is not None:
             self.residency.soil(chunk.key)
+
+    @contextmanager
+    def looking(self, chunk: Chunk) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """See `Store`."""
+        if chunk.views is not None:
+            yield chunk.views
+            return
+        self._keep_free(1)
+        with self.residency.acquire(chunk.key) as lease:
+            shape, tokens = self._shapes[chunk.layer]
+            yield shape.views(lease.slot, tokens)
+        self._policy.used(chunk.key)
 
     def full(self, chunk: Chunk) -> None:
         """See `Store`: it stays if the layer may keep one more, else it is spilled."""
@@ -160,6 +213,7 @@ class ChunkStore:
         nbytes = self.residency.nbytes(chunk.key)
         if chunk.offset is None:
             chunk.offset = self._disk.file.allocate(nbytes)
+            self._extents[chunk.key] = chunk.offset, nbytes
         if self.residency.spill(chunk.key, (Segment(self._disk.number, chunk.offset, nbytes, 0, None, True),)):
             self.books.bytes_written += nbytes
         self._release(chunk)
@@ -169,40 +223,82 @@ class ChunkStore:
         if chunk.stays:
             self._may_stay[chunk.layer] += 1
         self._release(chunk)
-        if chunk.offset is not None:
-            nbytes = self.residency.nbytes(chunk.key)
-            self.residency.remove(chunk.key)
-            self._disk.file.free(chunk.offset, nbytes)
-        else:
-            self.residency.remove(chunk.key)
+        self.residency.remove(chunk.key)
+        extent = self._extents.pop(chunk.key, None)
+        if extent is not None:
+            self._disk.file.free(*extent)
 
     # attention
 
     def reading(
-        self, spans: Sequence[tuple[Chunk, int, int]], later: Iterable[Chunk]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self, spans: Sequence[Span], later: Iterable[Chunk]
+    ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """Keys and values of tokens of each span [kv heads, n, D], in order; good until the next is asked for.
 
         While one is attended to, those behind it, and then the `later` chunks, are fetched.
         """
+        for run in self._held(spans, later, 1):
+            ((chunk, start, stop, slot),) = run
+            shape, tokens = self._shapes[chunk.layer]
+            k, v = shape.views(slot, tokens)
+            yield k[:, start:stop], v[:, start:stop]
+
+    def addresses(
+        self, spans: Sequence[Span], later: Iterable[Chunk]
+    ) -> Generator[list[tuple[int, int, int]], None, None]:
+        """(address of keys, of values, tokens) of each span, in order, as many at a time as are there; good until the
+        next ones are asked for."""
+        for run in self._held(spans, later, self._run):
+            yield self._located(run)
+
+    def located(self, spans: Sequence[Span]) -> list[tuple[int, int, int]]:
+        """The same of chunks that are leased, and good as long as they are."""
+        return self._located([(c, start, stop, c.lease.slot) for c, start, stop in spans if c.lease is not None])
+
+    def _located(self, held: Sequence[tuple[Chunk, int, int, Slot]]) -> list[tuple[int, int, int]]:
+        if not held:
+            return []
+        shape, tokens = self._shapes[held[0][0].layer]
+        k, v = (width * shape.dtype.itemsize for width in (shape.key_dim, shape.value_dim))
+        values = shape.kv_heads * tokens * k
+        return [
+            (slot.address + start * k, slot.address + values + start * v, stop - start) for _, start, stop, slot in held
+        ]
+
+    def _held(
+        self, spans: Sequence[Span], later: Iterable[Chunk], most: int
+    ) -> Iterator[list[tuple[Chunk, int, int, Slot]]]:
+        """Spans in order and the slots they are in: as many as are there, `most` at a time, at least one."""
+        residency = self.residency
+        if any(chunk.lease is None for chunk, *_ in spans):
+            self._keep_free(LEAST_RING)
         passing = [chunk for chunk, *_ in spans if chunk.lease is None]
+        if self.sparse is not None:
+            for chunk in passing:
+                residency.keep(chunk.key)  # before any of them makes way for another
         coming = [*passing, *itertools.islice((c for c in later if c.lease is None), RING)]
-        asked = self._fetch(coming, 0)
-        for chunk, start, stop in spans:
-            if chunk.views is not None:
-                k, v = chunk.views
-                yield k[:, start:stop], v[:, start:stop]
-                continue
-            before = self.residency.counters.stall_s
-            lease = self.residency.acquire(chunk.key)
-            self.books.stall_s += self.residency.counters.stall_s - before
+        asked, at = self._fetch(coming, 0), 0
+        while at < len(spans):
+            run: list[tuple[Chunk, int, int, Slot]] = []
+            leases: list[tuple[Lease, str]] = []
             try:
-                shape, tokens = self._shapes[chunk.layer]
-                k, v = shape.views(lease.slot, tokens)
-                yield k[:, start:stop], v[:, start:stop]
+                while at < len(spans) and len(run) < most:
+                    chunk, start, stop = spans[at]
+                    lease = chunk.lease
+                    if lease is None:
+                        if run and not residency.resident(chunk.key):
+                            break
+                        before = residency.counters.stall_s
+                        lease = residency.acquire(chunk.key)
+                        self.books.stall_s += residency.counters.stall_s - before
+                        leases.append((lease, chunk.key))
+                    run.append((chunk, start, stop, lease.slot))
+                    at += 1
+                yield run
             finally:
-                lease.release()
-                self._policy.used(chunk.key)
+                for lease, key in leases:
+                    lease.release()
+                    self._policy.used(key)
             asked = self._fetch(coming, asked)
 
     def _fetch(self, coming: Sequence[Chunk], at: int) -> int:
@@ -211,6 +307,13 @@ class ChunkStore:
             at += 1
         return at
 
+    def close(self) -> None:
+        """Give all memory and disk back; the store is of no use after this."""
+        self.residency.abandon()
+        for offset, nbytes in self._extents.values():
+            self._disk.file.free(offset, nbytes)
+        self._extents.clear()
+
     @property
     def bytes_read(self) -> int:
         """Bytes fetched from disk so far."""
@@ -218,27 +321,46 @@ class ChunkStore:
 
     def _lease(self, chunk: Chunk, lease: Lease) -> None:
         shape, tokens = self._shapes[chunk.layer]
-        k, v = chunk.views = shape.views(lease.slot, tokens)
-        chunk.lease, chunk.address = lease, (k.data_ptr(), v.data_ptr())
+        chunk.lease, chunk.views = lease, shape.views(lease.slot, tokens)
+        self._leased[chunk.key] = chunk
+
+    def _keep_free(self, least: int) -> None:
+        """Leave at least so many slots to what passes: where more is leased than was foreseen, let the oldest go.
+
+        What was to stay goes before what is being filled, and makes room for good.
+        """
+        while self._leased and len(self._leased) > self.slots - least:
+            chunk = next((c for c in self._leased.values() if c.stays), next(iter(self._leased.values())))
+            stayed = chunk.stays
+            self.spill(chunk)
+            if stayed:
+                self._may_stay[chunk.layer] -= 1
 
     def _release(self, chunk: Chunk) -> None:
         lease, chunk.lease, chunk.views = chunk.lease, None, None
         if lease is not None:
+            del self._leased[chunk.key]
             lease.release()
             self._policy.used(chunk.key)
 
 
-def chunk_tokens(shape: KVShape, capacity: int) -> int:
+def chunk_tokens(shape: KVShape, capacity: int, *, sparse: bool = False) -> int:
     """Tokens of a chunk for sequences of so many: what a disk reads well, and at most an eighth of a sequence, so that
-    the chunks being filled are not most of what is kept."""
-    tokens = shape.chunk_tokens()
+    the chunks being filled are not most of what is kept. `sparse` ones are shorter: few of their tokens are wanted."""
+    most = MOST_TOKENS
+    if sparse:  # a few hundred chunks at most: their abstracts stay in memory, and all are looked at
+        most = next((tokens for tokens, up_to in SPARSE_TOKENS if capacity <= up_to), SPARSE_TOKENS[-1][0])
+    tokens = min(shape.chunk_tokens(), most)
     while tokens > LEAST_TOKENS and tokens * 8 > capacity:
         tokens //= 2
     return tokens
 
 
 def slots_for(resident: int, slot_nbytes: int, layers: int, batch: int, capacity: int, tokens: int) -> int:
-    """Slots that `resident` bytes make: at least a chunk to fill per layer and sequence and a ring, at most all."""
+    """Slots that `resident` bytes make: at least a chunk to fill per layer and sequence and a ring, at most all.
+
+    Whatever is asked for, one being filled and a ring: sequences may grow, or fork, beyond what was foreseen.
+    """
     tails = layers * batch
     whole = tails * -(-capacity // tokens)
-    return max(min(resident // slot_nbytes, whole), min(tails + LEAST_RING, whole), 1)
+    return max(min(resident // slot_nbytes, whole), min(tails + LEAST_RING, whole), 1 + LEAST_RING)

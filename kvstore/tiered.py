@@ -6,7 +6,9 @@ chunk by chunk.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvstore.attention import gathered
 from kvstore.chunks import Chunk, ChunkList, KVShape
+from kvstore.front import Front
 from kvstore.store import ChunkStore, KVBooks
 
 MakeStore = Callable[[KVShape, int], ChunkStore]  # (of the first layer, sequences)
@@ -31,6 +34,7 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         self.number = number  # among the tiered layers
         self.window = window
         self.is_sliding = window is not None
+        self.front: Front | None = None  # in device memory; `rows` hold what comes after
         self.rows: list[ChunkList] = []
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # given, and not yet appended
         self._freed = 0  # chunks at the front of each sequence that the window has left behind
@@ -39,7 +43,10 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         """Make an empty sequence for each row of key_states [B, kv heads, n, Dk]."""
         shape = KVShape.of(key_states, value_states)
         store = self._cache.store_for(shape, key_states.shape[0])
-        self.rows = [store.new_list(self.number, shape) for _ in range(key_states.shape[0])]
+        windowed = self.window is not None
+        if self._cache.front_tokens and not windowed:  # a window moves on: nothing of it is worth keeping
+            self.front = Front(self._cache.front_tokens, key_states, value_states)
+        self.rows = [store.new_list(self.number, shape, window=windowed) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
     def update(
@@ -56,15 +63,21 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def past(self) -> int:
         """Tokens before those given last."""
-        return self.rows[0].length if self.rows else 0
+        return self.ahead + (self.rows[0].length if self.rows else 0)
+
+    @property
+    def ahead(self) -> int:
+        """Tokens in device memory: the position of the first in `rows`, once there is one."""
+        return self.front.length if self.front is not None else 0
 
     def append_new(self) -> None:
         """Write the tokens given last to their chunks."""
         new, self._new = self._new, None
         if new is None:
             return
+        taken = self.front.append(*new) if self.front is not None else 0
         for row, keys, values in zip(self.rows, *new, strict=True):
-            row.append(keys, values)
+            row.append(keys[:, taken:], values[:, taken:])
         self._leave_behind()
 
     def _leave_behind(self) -> None:
@@ -78,10 +91,15 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
                     store.spill(chunk)
         self._freed = max(self._freed, first)
 
-    def passing(self) -> Iterator[Chunk]:
-        """The chunks that the next token's attention will have to wait for."""
+    def passing(self, first_row: int = 0) -> Iterator[Chunk]:
+        """The chunks that the next token's attention will have to wait for, as far as that is known, from one of the
+        sequences on."""
         low = 0 if self.window is None else max(0, self.past - self.window + 1)
-        for row in self.rows:
+        for row in self.rows[first_row:]:
+            if row.sparse is not None:
+                foreseen = (row.chunks[c] for c in row.sparse.ahead.foresee(self.number) if c < len(row.chunks))
+                yield from (chunk for chunk in foreseen if chunk.lease is None)
+                continue
             for chunk, *_ in row.spans(low, row.length):
                 if chunk.lease is None:
                     yield chunk
@@ -89,9 +107,16 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
     def read(self, start: int, stop: int, row: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [start, stop) of one sequence: keys [kv heads, n, Dk], values [kv heads, n, Dv], copied."""
         self.append_new()
-        parts = self._cache.store.reading(list(self.rows[row].spans(start, stop)), ())
-        ((keys, values),) = gathered(parts, stop - start + 1)
-        return keys[0], values[0]
+        parts = []
+        if start < self.ahead:
+            assert self.front is not None
+            held = slice(start, min(stop, self.ahead))
+            parts.append((self.front.keys[row, :, held].cpu(), self.front.values[row, :, held].cpu()))
+        if stop > self.ahead:
+            spans = list(self.rows[row].spans(max(start - self.ahead, 0), stop - self.ahead))
+            ((keys, values),) = gathered(self._cache.store.reading(spans, ()), stop - start + 1)
+            parts.append((keys[0], values[0]))
+        return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -109,14 +134,22 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         """Take back the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes the number of tokens to take back as a negative number")
+        length = max(0, self.get_seq_length() + tokens_to_remove)
+        if self._new is not None and tokens_to_remove:
+            # what is not to be kept is not appended: an interrupted pass must not wait for a disk to be taken back
+            keep = length - self.past
+            self._new = tuple(t[:, :, :keep] for t in self._new) if keep > 0 else None  # type: ignore[assignment]
         self.append_new()
-        for row in self.rows:
-            row.crop(max(0, row.length + tokens_to_remove))
-        self._freed = min(self._freed, len(self.rows[0].chunks) if self.rows else 0)
+        for row in self.rows:  # a pass that was cut short may have left them uneven
+            row.crop(min(row.length, max(0, length - self.ahead)))
+        if self.front is not None:
+            self.front.crop(length)
+        self._freed = min(self._freed, length // self.rows[0].tokens if self.rows else 0)
 
     def reset(self) -> None:
         """Forget all tokens, and give the memory back."""
         self._replace([])
+        self.front = None
         self._new, self._freed, self.is_initialized = None, 0, False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -128,12 +161,17 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         self.append_new()
         if self.rows:
             chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-            self._replace([self.rows[int(i)].fork() for i in chosen])
+            self._select([int(i) for i in chosen])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         self.append_new()
-        self._replace([row.fork() for row in self.rows for _ in range(repeats)])
+        self._select([i for i in range(len(self.rows)) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        if self.front is not None:
+            self.front.select(rows)
+        self._replace([self.rows[i].fork() for i in rows])
 
     def _replace(self, rows: list[ChunkList]) -> None:
         old, self.rows = self.rows, rows
@@ -145,10 +183,23 @@ class TieredCache(Cache):  # type: ignore[misc]
     """A request's cache. `windows[i]` is the window of layer i (None: it sees everything); a layer that is no
     attention layer comes as transformers' own object instead.
 
-    `make_store` is asked once, when the first layer's shape is known.
+    `make_store` is asked once, when the first layer's shape is known. On a device with memory of its own the first
+    `front_tokens` stay there; what comes after is attended to on the host if `on_host` says so of that many queries,
+    or brought up by `lift`.
     """
 
-    def __init__(self, layers: Sequence[int | CacheLayerMixin | None], make_store: MakeStore) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int | CacheLayerMixin | None],
+        make_store: MakeStore,
+        *,
+        front_tokens: int = 0,
+        on_host: Callable[[int], bool] = lambda queries: True,
+        lift: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self.front_tokens = front_tokens
+        self.on_host = on_host
+        self.lift = lift
         made: list[Any] = []
         self.tiered: list[TieredLayer] = []
         for layer in layers:
@@ -160,6 +211,8 @@ class TieredCache(Cache):  # type: ignore[misc]
         super().__init__(layers=made)
         self._make_store = make_store
         self._store: ChunkStore | None = None
+        self._seen = KVBooks()
+        self.prompt_ends = True  # whether the pass under way holds the last of a prompt
 
     @property
     def store(self) -> ChunkStore:
@@ -182,7 +235,21 @@ class TieredCache(Cache):  # type: ignore[misc]
         books.bytes_read = self._store.bytes_read
         return books
 
+    def unseen(self) -> KVBooks:
+        """What was moved since this was asked last."""
+        now, then = self.books, self._seen
+        self._seen = replace(now)
+        return KVBooks(*(getattr(now, f.name) - getattr(then, f.name) for f in fields(KVBooks)))
+
     def close(self) -> None:
-        """Give memory and disk back."""
+        """Give memory and disk back. The cache is empty afterwards, and may be filled anew."""
+        store, self._store = self._store, None
         for layer in self.tiered:
+            layer.rows, layer.front = [], None
             layer.reset()
+        if store is not None:
+            store.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the interpreter's end anything may be gone already
+            self.close()

@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstore import FewTokens, Rule, TieredCache, TieredLayer, attend
@@ -30,18 +34,31 @@ class SeenBy:
         self.window = window
 
 
+def _parts(mask_function: Any) -> list[str]:
+    """What transformers put a mask function together of, by name."""
+    cells = [c.cell_contents for c in getattr(mask_function, "__closure__", None) or ()]
+    return [f.__qualname__ for cell in cells if isinstance(cell, tuple) for f in cell]
+
+
+_WINDOW = _parts(sliding_window_causal_mask_function(1))
+
+
+def _unknown_mask() -> ModelError:
+    return ModelError("--kv-resident: attention is masked here in a way that cannot be computed over tiers yet")
+
+
 def _seen_by(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
     mask_function: Any = causal_mask_function, attention_mask: torch.Tensor | None = None,
     local_size: int | None = None, **kwargs: Any,
 ) -> SeenBy:  # fmt: skip
     """What transformers calls to make a mask. Raises `ModelError` for one that is no causal mask with padding."""
-    if mask_function is not causal_mask_function and local_size is None:
-        raise ModelError("this model's attention is masked in a way that cannot be computed over tiers yet")
+    if mask_function is not causal_mask_function and (local_size is None or _parts(mask_function) != _WINDOW):
+        raise _unknown_mask()
     pads = [0] * batch_size
     if attention_mask is not None:
-        held = attention_mask[:, :kv_length].bool()
-        pads = held.int().argmax(1).tolist()
+        held = attention_mask[:, : kv_offset + kv_length].bool()
+        pads = (held.cumsum(1) == 0).sum(1).tolist()  # a sequence may be all padding so far
         if not all(bool(row[pad:].all()) for row, pad in zip(held, pads, strict=True)):
             raise ModelError("attention over tiers knows padding at the front of a prompt only, and here it is inside")
     return SeenBy(pads, local_size)
@@ -60,7 +77,9 @@ class Attention:
     ) -> torch.Tensor:
         """query [B, heads, Q, D], key [B, kv heads, n, D], value [B, kv heads, n, Dv] → [B, Q, heads, Dv]."""
         scale = kwargs.get("scaling")
-        seen = mask if isinstance(mask, SeenBy) else SeenBy([0] * query.shape[0], None)
+        if not isinstance(mask, SeenBy):  # one that the caller made
+            raise _unknown_mask()
+        seen = mask
         rule = Rule(query.shape[-1] ** -0.5 if scale is None else scale, seen.window, kwargs.get("softcap"))
         expand = getattr(module, "expand_kv", None)
         sinks = kwargs.get("s_aux")

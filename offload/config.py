@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvstore.selection import DEFAULT_SELECTOR, SELECTORS
 from moe.choices import POLICIES, POLICY, PREDICTOR, PREDICTORS, checked
-from offload.sizes import parse_rate, parse_size
+from offload.sizes import parse_budget, parse_rate, parse_size
 from tiers import UsageError
 
 DEVICES = ("auto", "cuda", "cpu", "emulated")
@@ -34,6 +35,9 @@ class RunConfig:
     `kv_resident`: keys and values kept in memory, bytes or a percentage of a request's at full length (None: the
     planner decides where `context` is given, else all); the others lie on disk, in an unnamed file in `spill_dir`
     (None: in the cache folder) of at most `disk` bytes.
+    `kv_budget`: sparse attention, which changes what the model says: so many tokens, or that percentage of those there
+    are, are attended to by each new token, chosen by `kv_policy` (`kvstore.selection`); with `kv_by_layer` the layers
+    share what they may attend to by how their attention is spread over the prompt.
     """
 
     ram: str | int | None = None
@@ -57,6 +61,9 @@ class RunConfig:
     kv_resident: str | int | None = None
     spill_dir: str | None = None
     disk: str | int | None = None
+    kv_budget: str | int | None = None
+    kv_policy: str = DEFAULT_SELECTOR
+    kv_by_layer: bool = False
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
@@ -67,6 +74,8 @@ class RunConfig:
             parse_size(self.resident, of=1 << 40, flag="--resident")
         if self.kv_resident is not None:
             parse_size(self.kv_resident, of=1 << 40, flag="--kv-resident")
+        parse_budget(self.kv_budget)
+        checked(self.kv_policy, tuple(SELECTORS), "--kv-policy")
         if self.disk is not None:
             parse_size(self.disk, flag="--disk")
         if self.device not in DEVICES:
@@ -81,7 +90,11 @@ class RunConfig:
         ):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{flag}: {value!r} is not a whole number above zero")
-        for name, on in (("graphs", self.graphs), ("count_launches", self.count_launches)):
+        for name, on in (
+            ("graphs", self.graphs),
+            ("count_launches", self.count_launches),
+            ("kv_by_layer", self.kv_by_layer),
+        ):
             if not isinstance(on, bool):
                 raise UsageError(f"{name}: {on!r} is neither True nor False")
 

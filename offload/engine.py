@@ -78,6 +78,7 @@ class Engine:
         self.config = config
         self.interrupt = threading.Event()
         self.on_prefill: Progress | None = None  # told of layers done while a prompt is computed
+        self.on_pass: Callable[[Cache | None, torch.Tensor], None] | None = None  # told of each that ended well
         self._prefilled = self._prefill_total = 0
         self._lock = threading.RLock()
         self.description = description = describe(folder, config.dtype)
@@ -105,7 +106,7 @@ class Engine:
                 else None
             ),
             context=config.context,
-            kv_resident=parse_part(config.kv_resident, flag="--kv-resident"),
+            kv_resident=_kv_resident(config),
         )
         machine = self.calibration.apply(self.machine)
         overrides = Overrides.of(config.overrides or {})
@@ -134,10 +135,14 @@ class Engine:
                 self.experts.policy,
             )  # fmt: skip
             opened.callback(self.kv.close)
-            self.kv.connect(
-                description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes,
-                self.device.torch_device,
-            )  # fmt: skip
+            try:
+                self.kv.connect(
+                    description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes,
+                    self.device.torch_device,
+                )  # fmt: skip
+            except BaseException:
+                self._memory.close()
+                raise
             self._close_files = opened.pop_all().close
         try:
             self._connect()
@@ -159,10 +164,13 @@ class Engine:
         """
         with self._lock:
             chunk = max(1, self.plan.prefill_chunk // max(1, tokens.shape[0]))
+            whole = self.hf_config.model_type in hf.NO_CHUNKED_PREFILL
+            if whole and sequences.cache is not None and sequences.cache.get_seq_length():
+                chunk, whole = 1, False  # several tokens would be computed as if nothing had been before them
             self._prefilled = self._prefill_total = 0
             keep = sequences.inputs.get("logits_to_keep", 0)
             cut = sequences.cache is not None and tokens.shape[1] > chunk and isinstance(keep, int)
-            cut = cut and self.hf_config.model_type not in hf.NO_CHUNKED_PREFILL
+            cut = cut and not whole
             if tokens.shape[1] > 1:
                 self._prefill_total = self._layer_bytes * (-(-tokens.shape[1] // chunk) if cut else 1)
             if not cut:
@@ -171,6 +179,8 @@ class Engine:
             outs = []
             past = sequences.cache.get_seq_length()
             for at in range(0, tokens.shape[1], chunk):
+                if isinstance(sequences.cache, TieredCache):
+                    sequences.cache.prompt_ends = at + chunk >= tokens.shape[1]
                 part = tokens[:, at : at + chunk]
                 inputs = _slice(sequences.inputs, past, at, part.shape[1])
                 out = self._pass(part, sequences.cache, inputs)
@@ -223,7 +233,7 @@ class Engine:
         stats = StepStats(tokens=tokens.numel(), sequences=tokens.shape[0])
         counting = self.count_launches and self.device.kind == "cuda"
         with launches.counted(stats) if counting else nullcontext():
-            before = self._books(cache)
+            before = self._memory.books()
             began = time.perf_counter()
             finished = False
             if self.kv.attention is not None:
@@ -232,23 +242,22 @@ class Engine:
                 with torch.inference_mode():
                     out = self._forward(input_ids=tokens, past_key_values=cache, **inputs)
                 finished = True
-                return out
             finally:
+                if self.kv.attention is not None:
+                    self.kv.attention.cache = None  # whose memory is its owner's to give back
                 if not finished:
                     self._memory.restart()
                 stats.seconds = time.perf_counter() - began
-                for name, value in self._books(cache).items():
+                for name, value in self._memory.books().items():
                     setattr(stats, name, value - before[name])
+                if isinstance(cache, TieredCache):
+                    kv = cache.unseen()
+                    stats.stall_s += kv.stall_s
+                    stats.kv_bytes_read, stats.kv_bytes_written = kv.bytes_read, kv.bytes_written
                 self.steps.append(stats)
-
-    def _books(self, cache: Cache | None) -> dict[str, float]:
-        """Running totals, by the names of `StepStats`' fields."""
-        books = self._memory.books()
-        if isinstance(cache, TieredCache):
-            kv = cache.books
-            books["stall_s"] += kv.stall_s
-            books.update(kv_bytes_read=kv.bytes_read, kv_bytes_written=kv.bytes_written)
-        return books
+        if self.on_pass is not None:
+            self.on_pass(cache, tokens)
+        return out
 
     @contextmanager
     def _computing(self, name: str, stays: int, streamed: Mapping[str, Binder]) -> Iterator[None]:
@@ -416,6 +425,13 @@ def device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
     if config.vram is None:
         raise UsageError("--device emulated needs --vram, the size of the memory to emulate")
     return 0, parse_size(config.vram, of=mem.available(), flag="--vram")
+
+
+def _kv_resident(config: RunConfig) -> int | float | None:
+    """What is to be kept in memory; sparse attention is over chunks even if all of them are."""
+    if config.kv_resident is None and config.kv_budget is not None:
+        return 1.0
+    return parse_part(config.kv_resident, flag="--kv-resident")
 
 
 def ram_budget(config: RunConfig) -> int:

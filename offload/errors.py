@@ -3,13 +3,18 @@
 from tiers.errors import (
     BudgetError,
     CheckpointError,
+    DamagedError,
+    GoneError,
     Interrupted,
     ModelError,
     OffloadError,
     ReadError,
+    StoreError,
+    StoreFull,
     UsageError,
 )
 
 __all__ = [
-    "BudgetError", "CheckpointError", "Interrupted", "ModelError", "OffloadError", "ReadError", "UsageError",
+    "BudgetError", "CheckpointError", "DamagedError", "GoneError", "Interrupted", "ModelError", "OffloadError",
+    "ReadError", "StoreError", "StoreFull", "UsageError",
 ]  # fmt: skip

@@ -12,16 +12,22 @@ from pathlib import Path
 import torch
 from transformers.cache_utils import Cache
 
-from kvstore import ChunkStore, KVDisk, KVShape, TieredCache, chunk_tokens, make_cache, slots_for
+from kvstore import ChunkStore, KVDisk, KVShape, SparseOptions, TieredCache, chunk_tokens, make_cache, slots_for
 from moe import kernels
 from offload import attention
 from offload.attention import Attention
 from offload.config import RunConfig
 from offload.describe import Description
 from offload.planning.placement import Plan
-from offload.sizes import format_size, parse_size
-from tiers import DirectReader, Trace, TransferQueue
+from offload.sizes import format_size, parse_budget, parse_size
+from tiers import DirectReader, Trace, TransferQueue, UsageError
 from tiers.folders import cache_folder
+
+
+def sparse_options(config: RunConfig) -> SparseOptions | None:
+    """What was asked for of sparse attention; None: nothing."""
+    budget = parse_budget(config.kv_budget)
+    return SparseOptions(budget, config.kv_policy, config.kv_by_layer) if budget is not None else None
 
 
 class KV:
@@ -30,6 +36,9 @@ class KV:
     def __init__(self, description: Description, config: RunConfig, plan: Plan) -> None:
         self._config = config
         self._hf_config = description.config
+        self.sparse = sparse_options(config)
+        if self.sparse is not None and getattr(self._hf_config.get_text_config(decoder=True), "kv_lora_rank", None):
+            raise UsageError("--kv-budget: this model keeps compressed latents, of which no bound is known")
         self.tiered = plan.kv_tiered
         tiered = description.demand.tiered
         # what the plan reserves, less what other layers keep
@@ -64,12 +73,22 @@ class KV:
 
         def make(shape: KVShape, batch: int) -> ChunkStore:
             assert self._disk is not None
-            tokens = self._chunk or chunk_tokens(shape, capacity)
-            whole = count * batch * capacity * shape.token_nbytes
+            tokens = self._chunk or chunk_tokens(shape, capacity, sparse=self.sparse is not None)
+            whole = count * batch * -(-capacity // tokens) * shape.chunk_nbytes(tokens)
             asked = self._config.kv_resident
             wanted = parse_size(asked, of=whole, flag="--kv-resident") if asked is not None else self._reserved
+            if self.sparse is not None:
+                wanted -= count * batch * self.sparse.abstract_nbytes(shape, capacity, tokens)
             store = ChunkStore(
-                self._disk, shape, count, batch, capacity, wanted, tokens=tokens, interrupted=self._interrupted
+                self._disk,
+                shape,
+                count,
+                batch,
+                capacity,
+                wanted,
+                tokens=tokens,
+                interrupted=self._interrupted,
+                sparse=self.sparse,
             )
             least = slots_for(0, store.slot_nbytes, count, batch, capacity, tokens)
             if asked is not None and store.slots == least and store.slots * store.slot_nbytes > wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import queue
 import threading
@@ -15,19 +16,22 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteria, TextStreamer
 from transformers.cache_utils import Cache
 
-from kvstore import rollback
+from kvstore import Session, Sessions, TieredCache
 from moe import LayerUse
+from offload.conversation import Conversation, Message
 from offload.engine import Engine
+from offload.fingerprint import fingerprint
+from offload.history import History
 from offload.planning.explain import explain
 from offload.planning.placement import Plan
 from offload.planning.predict import Workload
 from offload.sampling import Sampling
 from offload.stats import RequestStats
-from tiers import Interrupted, ModelError, UsageError
+from tiers import DamagedError, Interrupted, ModelError, UsageError
 from tiers import memory as mem
 
 DEFAULT_NEW_TOKENS = 256
-Message = dict[str, str]
+__all__ = ["Conversation", "Generation", "Message", "Model"]
 
 
 @dataclass(slots=True)
@@ -53,6 +57,33 @@ class Model:
         self.stats = RequestStats()
         self._warm = False  # whether an earlier request has filled the expert cache
         self._generation_config = _generation_config(engine)
+        self._fingerprint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's folder."""
+        return self.engine.folder.resolve().name
+
+    @property
+    def fingerprint(self) -> str:
+        """Which weights these are, for what is stored of them."""
+        if self._fingerprint is None:
+            checkpoint = self.engine.description.checkpoint
+            assert checkpoint is not None
+            self._fingerprint = fingerprint(list(checkpoint.files), self.engine.hf_config)
+        return self._fingerprint
+
+    @property
+    def arithmetic(self) -> str:
+        """How keys and values are computed: stored ones are good for the same only."""
+        config = self.engine.config
+        sparse = f" sparse {config.kv_policy} {config.kv_budget}" if config.kv_budget is not None else ""
+        return str(self.engine.layout.dtype).removeprefix("torch.") + sparse
+
+    def history(self, sessions: Sessions | None = None) -> History:
+        """A sequence that goes on, to be given to `run`; with `sessions` what is computed is kept there."""
+        store = sessions.prefixes(self.fingerprint, self.arithmetic) if sessions is not None else None
+        return History(self.engine, self.plan.context, self.engine.device.torch_device, store)
 
     @property
     def hf(self) -> PreTrainedModel:
@@ -137,13 +168,16 @@ class Model:
         num_beams: int = 1,
         ignore_eos: bool = False,
         on_text: Callable[[str], object] | None = None,
-        cache: Cache | None = None,
+        history: History | None = None,
+        session: str | None = None,
+        prefix_cache: bool = False,
     ) -> Generation:
         """Continue each prompt (text or token ids) and say how it went.
 
         Prompts of one call run as one left-padded batch where the context has room for it, else one after another.
-        `cache` holds the front of a single prompt from an earlier call. Raises `UsageError`, `Interrupted`,
-        `ReadError`.
+        `history` knows the front of a single prompt from an earlier call. `session` is a name to keep the sequence's
+        keys and values under; with it, or with `prefix_cache`, the longest front of a single prompt that any earlier
+        run has stored is read instead of computed. Raises `UsageError`, `Interrupted`, `ReadError`.
         """
         began = time.perf_counter()
         if max_new_tokens is not None and max_new_tokens < 1:
@@ -163,6 +197,9 @@ class Model:
             self._need_tokenizer()
         context = self.plan.context // num_beams
         longest = max(map(len, ids))
+        kept = history is not None or session is not None or prefix_cache
+        if kept and (len(ids) > 1 or num_beams > 1):
+            raise UsageError("--session and --prefix-cache go with one prompt, and without beams")
         if longest >= context:
             raise UsageError(
                 f"the prompt has {longest} tokens, the context holds {context}; shorten it or give a larger --context"
@@ -174,21 +211,40 @@ class Model:
             notes.append(f"the context of {context} tokens leaves room for {room} new ones, not {want}")
         if self.engine.interrupt.is_set():
             raise Interrupted("interrupted")
-        stats = self.stats = RequestStats(load_s=self.engine.load_s, budget_bytes=self.plan.ram)
-        at_once = max(1, context // (longest + room))
+        self.stats = RequestStats(load_s=self.engine.load_s, budget_bytes=self.plan.ram)
+        with contextlib.ExitStack() as held:
+            if history is None and kept:
+                history = held.enter_context(self._stored(session))
+            return self._run(ids, room, sampling, stops, num_beams, ignore_eos, on_text, history, began, notes)
+
+    def _run(
+        self, ids: list[list[int]], room: int, sampling: Sampling, stops: list[str], num_beams: int, ignore_eos: bool,
+        on_text: Callable[[str], object] | None, history: History | None, began: float, notes: list[str],
+    ) -> Generation:  # fmt: skip
+        stats = self.stats
+        longest = max(map(len, ids))
+        at_once = max(1, self.plan.context // num_beams // (longest + room))
         result = Generation([], [], [], stats, notes)
         clock = _Clock(began)
         self.engine.steps.clear()
+        cache = history.begin(ids[0]) if history is not None else None
+        past = history.reused if history is not None else 0
         ahead = self.engine.experts.lookahead
-        if ahead is not None and cache is None:
+        if ahead is not None and not past:
             ahead.begin()
         used = copy.deepcopy(ahead.use) if ahead is not None else []
-        past = cache.get_seq_length() if cache is not None else 0
+        self.engine.on_pass = history.passed if history is not None else None
         try:
             for at in range(0, len(ids), at_once):
                 self._run_batch(ids[at : at + at_once], room, sampling, stops, num_beams, ignore_eos, on_text, cache,
                                 clock, result)  # fmt: skip
         finally:
+            self.engine.on_pass = None
+            if history is not None:
+                history.mark()
+                notes += history.notes
+                history.notes.clear()
+            stats.reused_tokens = past
             self._count(stats, clock, sum(map(len, ids)), began, used)
             notes += self.engine.notes
             self.engine.notes.clear()
@@ -199,6 +255,22 @@ class Model:
             warm, self._warm = self._warm, True
             self.engine.learn(Workload(longest - past, new, len(ids), past, warm), stats)
         return result
+
+    @contextlib.contextmanager
+    def _stored(self, session: str | None) -> Iterator[History]:
+        """A history over what is stored; with a name, it is kept under that."""
+        sessions = Sessions()
+        with contextlib.ExitStack() as held:
+            if session is not None:
+                held.enter_context(sessions.hold(session))
+            history = self.history(sessions)
+            yield history
+            if session is not None and history.head is not None:
+                kept = Session(session, self.name, self.fingerprint, self.arithmetic, history.head, history.stored)
+                with contextlib.suppress(DamagedError):
+                    known = sessions.load(session)
+                    kept.created, kept.messages = (known.created, []) if known is not None else ("", [])
+                sessions.save(kept)
 
     def close(self) -> None:
         """Stop the readers and close the files."""
@@ -229,17 +301,22 @@ class Model:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
         clock.prompt_width = width
         streamer = _Pieces(self._need_tokenizer(), on_text) if on_text is not None and len(ids) == 1 else None
-        with torch.inference_mode():
-            out = self.hf.generate(
-                tokens,
-                attention_mask=mask,
-                generation_config=config,
-                past_key_values=cache if cache is not None else self.engine.new_cache(width + room),
-                logits_processor=sampling.processors(width),
-                stopping_criteria=[clock],
-                streamer=streamer,
-                **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
-            )
+        past = cache if cache is not None else self.engine.new_cache(width + room)
+        try:
+            with torch.inference_mode():
+                out = self.hf.generate(
+                    tokens,
+                    attention_mask=mask,
+                    generation_config=config,
+                    past_key_values=past,
+                    logits_processor=sampling.processors(width),
+                    stopping_criteria=[clock],
+                    streamer=streamer,
+                    **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
+                )
+        finally:
+            if cache is None and isinstance(past, TieredCache):
+                past.close()
         for row in out[:, width:].tolist():
             # a row that ended early is padded to the longest; its end token is its last
             cut = next((i + 1 for i, t in enumerate(row) if t in ends), len(row))
@@ -256,6 +333,7 @@ class Model:
         self, stats: RequestStats, clock: _Clock, prompt_tokens: int, began: float, before: list[LayerUse]
     ) -> None:
         stats.prompt_tokens = prompt_tokens
+        stats.exact = self.engine.kv.sparse is None
         stats.total_s = time.perf_counter() - began
         stats.ttft_s = (clock.first or time.perf_counter()) - began
         stats.decode_s = clock.last - clock.first if clock.first else 0.0
@@ -293,69 +371,6 @@ class Model:
         if self.tokenizer is None:
             raise ModelError(f"{self.engine.folder} has no tokenizer; give the prompt as --prompt-ids")
         return self.tokenizer
-
-
-class Conversation:
-    """A chat that keeps its KV: each turn computes only what is new.
-
-    `say` adds the user's words and answers; an answer that was interrupted stays, as far as it got.
-    """
-
-    def __init__(self, model: Model, system: str | None = None) -> None:
-        self._model = model
-        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._cache: Cache | None = None
-        self._cached: list[int] = []
-        self.reused_tokens = 0
-
-    def say(self, text: str, on_text: Callable[[str], object], **options: Any) -> Generation | None:
-        """Answer `text`; pieces go to `on_text` as they come. None if it was interrupted."""
-        if not text.strip():
-            raise UsageError("the message is empty")
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._model.render(messages)
-        self._reuse(ids)
-        context = self._model.plan.context
-        options = {"max_new_tokens": max(1, context - len(ids)), **self._model.chat_defaults(), **options}
-        spoken: list[str] = []
-
-        def tell(piece: str) -> None:
-            spoken.append(piece)
-            on_text(piece)
-
-        assert self._cache is not None
-        try:
-            result = self._model.run([ids], on_text=tell, cache=self._cache, **options)
-        except Interrupted:
-            self.messages = [*messages, {"role": "assistant", "content": "".join(spoken)}]
-            self._forget_unless_whole(ids)
-            return None
-        except BaseException:
-            self._cache, self._cached = None, []
-            raise
-        self.messages = [*messages, {"role": "assistant", "content": result.text[0] or ""}]
-        self._cached = (ids + result.token_ids[0])[: self._cache.get_seq_length()]
-        return result
-
-    def clear(self) -> None:
-        """Start anew; a system message stays."""
-        self.messages = [m for m in self.messages if m["role"] == "system"]
-        self._cache, self._cached = None, []
-
-    def _reuse(self, ids: list[int]) -> None:
-        """Keep the part of the cache that is a front of `ids`; at least one token is always computed."""
-        common = next((i for i, (a, b) in enumerate(zip(self._cached, ids, strict=False)) if a != b), None)
-        common = min(len(self._cached), len(ids) - 1) if common is None else min(common, len(ids) - 1)
-        if self._cache is None or common == 0 or not rollback(self._cache, common):
-            self._cache, common = self._model.engine.new_cache(self._model.plan.context), 0
-        self._cached = ids[:common]
-        self.reused_tokens = common
-
-    def _forget_unless_whole(self, ids: list[int]) -> None:
-        """An interrupted pass leaves some layers a token ahead of others."""
-        assert self._cache is not None
-        if not rollback(self._cache, min(len(self._cached), len(ids))):
-            self._cache, self._cached = None, []
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]

@@ -62,6 +62,23 @@ def parse_rate(text: str, *, flag: str) -> float:
     return float(parse_size(str(text).strip().removesuffix("/s"), flag=flag))
 
 
+def parse_budget(given: str | int | None) -> int | float | None:
+    """Tokens (an int) or a share of all tokens (a float) meant by `--kv-budget`. Raises `UsageError`."""
+    if given is None:
+        return None
+    if isinstance(given, str) and (percent := _PERCENT.fullmatch(given)) is not None:
+        share = float(percent[1]) / 100
+        if 0 < share <= 1:
+            return share
+    else:
+        try:
+            if not isinstance(given, bool) and int(given) > 0:
+                return int(given)
+        except ValueError:
+            pass
+    raise UsageError(f"--kv-budget: {str(given)[:60]!r} is neither a number of tokens nor a percentage up to 100%")
+
+
 def format_size(n: float) -> str:
     """Binary units with three digits: `4.50 GiB`, `812 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

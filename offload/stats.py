@@ -48,6 +48,7 @@ class RequestStats:
 
     sequences: int = 1
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt: known from before, and not computed
     new_tokens: int = 0
     ttft_s: float = 0.0
     total_s: float = 0.0
@@ -61,6 +62,7 @@ class RequestStats:
     expert_bytes: tuple[int, ...] = ()  # of one expert of each of these layers
     prefill_pass_tokens: int = 0  # of the first pass over the prompt, all sequences together
     prediction: Prediction | None = None  # None where none is made: beam search, several batches in one call
+    exact: bool = True  # False: attention was sparse, or keys and values were coded with a loss
     learned: str = ""  # what this run corrected for the next plan, and why
 
     @property
@@ -117,7 +119,11 @@ class RequestStats:
             parts.append(f"{rate:.3g} tokens/s{told}")
         if self.total.bytes_read >= 1 << 20:
             parts.append(f"{self.total.bytes_read / max(1, self.new_tokens) / 1e6:.1f} MB read per token")
+        if self.reused_tokens:
+            parts.append(f"{self.reused_tokens} of {self.prompt_tokens} prompt tokens known from before")
         if self.hit_rate is not None:
             parts.append(f"{100 * self.hit_rate:.0f}% found in memory")
         parts.append(f"{self.bottleneck}-bound")
+        if not self.exact:
+            parts.append("not exact: sparse attention")
         return " · ".join(parts)

@@ -28,15 +28,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The suite leaves the user's cache alone."""
-    before = os.environ.get("OFFLOAD_CACHE")
-    os.environ["OFFLOAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["OFFLOAD_CACHE"]
-    else:
-        os.environ["OFFLOAD_CACHE"] = before
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The suite leaves the user's cache and conversations alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFLOAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OFFLOAD_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture

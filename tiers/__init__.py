@@ -9,10 +9,14 @@ from tiers.device import CpuDevice, CudaDevice, Device, EmulatedDevice
 from tiers.errors import (
     BudgetError,
     CheckpointError,
+    DamagedError,
+    GoneError,
     Interrupted,
     ModelError,
     OffloadError,
     ReadError,
+    StoreError,
+    StoreFull,
     UsageError,
 )
 from tiers.gds import KvikioReader
@@ -26,8 +30,9 @@ from tiers.uplink import COPIES, UpLink, readable_directly
 
 __all__ = [
     "CHUNK", "COPIES", "LFU", "LRU", "PAGE", "Arena", "Block", "BlockReader", "BudgetError", "Cause",
-    "CheckpointError", "Codec", "Counters", "CpuDevice", "CudaDevice", "Device", "DirectReader", "EmulatedDevice",
-    "EvictionPolicy", "Interrupted", "KvikioReader", "Lease", "Meter", "ModelError", "Move", "NextUse", "OffloadError",
-    "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "SpillFile", "SpillLink", "Ticket", "Trace",
-    "TransferQueue", "UpLink", "UsageError", "page_down", "page_up", "readable_directly",
+    "CheckpointError", "Codec", "Counters", "CpuDevice", "CudaDevice", "DamagedError", "Device", "DirectReader",
+    "EmulatedDevice", "EvictionPolicy", "GoneError", "Interrupted", "KvikioReader", "Lease", "Meter", "ModelError",
+    "Move", "NextUse", "OffloadError", "Piece", "Pool", "ReadError", "Residency", "Segment", "Slot", "SpillFile",
+    "SpillLink", "StoreError", "StoreFull", "Ticket", "Trace", "TransferQueue", "UpLink", "UsageError", "page_down",
+    "page_up", "readable_directly",
 ]  # fmt: skip

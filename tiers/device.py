@@ -58,6 +58,10 @@ class Device(Protocol):
         """Move bytes [start, stop) of a host slot into the same place of a device slot; returns when they are there."""
         ...
 
+    def lift(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of host memory, where compute is."""
+        ...
+
     def fence(self) -> Fence | None:
         """The compute issued so far; None where compute is finished when it returns."""
         ...
@@ -85,6 +89,10 @@ class CpuDevice:
     def copy(self, src: Slot, dst: Slot, start: int, stop: int) -> None:
         """Never asked for: there is one memory only."""
         raise RuntimeError("a CPU device has no link")
+
+    def lift(self, tensor: torch.Tensor) -> torch.Tensor:
+        """It is there."""
+        return tensor
 
     def fence(self) -> None:
         """Compute is finished when it returns."""
@@ -120,10 +128,26 @@ class EmulatedDevice:
 
     def copy(self, src: Slot, dst: Slot, start: int, stop: int) -> None:
         """Copy, and take as long as the link would; transfers queue up behind one another."""
+        end = self._carried(stop - start)
+        ctypes.memmove(dst.address + start, src.address + start, stop - start)  # releases the GIL
+        self._until(end)
+
+    def lift(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, which takes as long as the link would."""
+        end = self._carried(tensor.nbytes)
+        there = tensor.clone()
+        self._until(end)
+        return there
+
+    def _carried(self, nbytes: int) -> float:
+        """When the link will have carried so many bytes more."""
         with self._lock:
             begin = max(time.perf_counter(), self._free_at)
-            end = self._free_at = begin + self.latency_s + (stop - start) / self.bytes_per_s
-        ctypes.memmove(dst.address + start, src.address + start, stop - start)  # releases the GIL
+            self._free_at = begin + self.latency_s + nbytes / self.bytes_per_s
+            return self._free_at
+
+    @staticmethod
+    def _until(end: float) -> None:
         wait = end - time.perf_counter()
         if wait > 0:
             time.sleep(wait)
@@ -186,6 +210,10 @@ class CudaDevice:
             done = torch.cuda.Event()
             done.record(self._stream)
         done.synchronize()  # releases the GIL; compute goes on
+
+    def lift(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the compute stream."""
+        return tensor.to(self.torch_device, non_blocking=True)
 
     def fence(self) -> Fence:
         """An event behind all kernels launched so far."""

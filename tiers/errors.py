@@ -8,6 +8,10 @@
     │   └── CheckpointError      a file of the model is damaged, hostile or does not fit its config
     ├── BudgetError              the memory given is too small; names the smallest that works
     ├── ReadError                the disk failed, or a file changed while it was being read
+    ├── StoreError               the folder of conversations, keys and values cannot be used as it is
+    │   ├── StoreFull            no space left there, or the most that may be written is reached
+    │   └── DamagedError         a file there is damaged, foreign or not private
+    │       └── GoneError        it is not there (any more)
     └── Interrupted              the run was asked to stop (exit code 130)
 """
 
@@ -55,6 +59,22 @@ class BudgetError(OffloadError):
 
 class ReadError(OffloadError):
     """Reading a block failed; the message names the file."""
+
+
+class StoreError(OffloadError):
+    """The folder of conversations, keys and values cannot be used as it is; the message names it and the remedy."""
+
+
+class StoreFull(StoreError):
+    """No space is left there, or the most that may be written is reached."""
+
+
+class DamagedError(StoreError):
+    """A file that was read back is damaged, foreign or not private."""
+
+
+class GoneError(DamagedError):
+    """What was asked for is not there, or not any more: another process may have freed it."""
 
 
 class Interrupted(OffloadError):

@@ -162,11 +162,12 @@ class Residency:
     def spill(self, key: str, segments: Sequence[Segment]) -> bool:
         """Start writing a dirty block to where `segments` say, and it will be read from; False if that is not needed.
 
-        It can be evicted once every byte is there.
+        It can be evicted once every byte is there. One that failed is tried again.
         """
         with self._lock:
             entry = self._entries[key]
-            if not entry.dirty or entry.spilling is not None:
+            failed = entry.spilling is not None and entry.spilling.done and entry.spilling.error is not None
+            if not entry.dirty or (entry.spilling is not None and not failed):
                 return False
             assert self._down is not None and entry.slot is not None
             entry.block = replace(entry.block, segments=tuple(segments))
@@ -189,8 +190,9 @@ class Residency:
 
     def _await_spill(self, pool: str) -> None:
         """Until one of the pool's dirty blocks is on disk. Under the lock, which the writers do not need."""
+        # one that has ended since a slot was looked for is as good
         ticket = next((e.spilling for e in self._entries.values() if e.pool == pool and e.leases == 0 and e.dirty
-                       and e.spilling is not None and not e.spilling.done), None)  # fmt: skip
+                       and e.spilling is not None), None)  # fmt: skip
         if ticket is None:
             raise RuntimeError(f"every slot of pool {pool} is leased; the plan gave it too few")
         ticket.wait(self.interrupted)
@@ -220,6 +222,7 @@ class Residency:
                         return None
                     assert entry.pool is not None
                     self._await_spill(entry.pool)
+                    cause = Cause.DEMAND  # whatever it was for, it is waited for now
             elif under_way and entry.ticket is not None and cause is Cause.DEMAND:
                 self._queue.promote(entry.ticket)
             entry.leases += 1  # before the lock is let go: from here on it cannot be evicted
@@ -326,6 +329,15 @@ class Residency:
                 if entry.pool is not None and entry.leases == 0 and entry.ticket is not None and not entry.ticket.done:
                     self._queue.cancel(entry.ticket)
                     self._forget(entry, entry.ticket)
+
+    def abandon(self) -> None:
+        """Nothing here is wanted any more: end what is under way, both ways. The caller uses no slot after this."""
+        with self._lock:
+            for entry in self._entries.values():
+                for ticket, queue in ((entry.ticket, self._queue), (entry.spilling, self._down)):
+                    if ticket is not None and not ticket.done and queue is not None:
+                        queue.cancel(ticket)
+            self._entries.clear()
 
     def blocks(self) -> Iterable[Block]:
         """All registered blocks."""

@@ -6,6 +6,7 @@ nobody else can write to it, so unlike files that stay, what is read back is not
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import fcntl
@@ -30,7 +31,7 @@ class SpillFile(OpenFile):
         self.limit = limit
         self._lock = threading.Lock()
         self._end = 0
-        self._free: dict[int, list[int]] = {}  # by size
+        self._free: list[tuple[int, int]] = []  # (offset, bytes) in order, no two of them side by side
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if _in_memory(folder):
@@ -52,15 +53,17 @@ class SpillFile(OpenFile):
     @property
     def used(self) -> int:
         """Bytes allocated and not freed."""
-        return self._end - sum(size * len(at) for size, at in self._free.items())
+        with self._lock:
+            return self._end - sum(size for _, size in self._free)
 
     def allocate(self, nbytes: int) -> int:
         """The offset of an extent of so many bytes, whole pages. Raises `OffloadError` over the limit."""
         size = page_up(nbytes)
         with self._lock:
-            free = self._free.get(size)
-            if free:
-                return free.pop()
+            for i, (at, free) in enumerate(self._free):
+                if free >= size:
+                    self._free[i : i + 1] = [(at + size, free - size)] if free > size else []
+                    return at
             if self.limit is not None and self._end + size > self.limit:
                 raise OffloadError(
                     f"--disk: {self.limit} bytes are all used up by what is spilled; allow more, or keep more in memory"
@@ -69,27 +72,43 @@ class SpillFile(OpenFile):
             return at
 
     def free(self, offset: int, nbytes: int) -> None:
-        """Give an extent back."""
+        """Give an extent back, which nobody reads or writes any more; once all are back, so is the disk's space."""
         with self._lock:
-            self._free.setdefault(page_up(nbytes), []).append(offset)
+            i = bisect.bisect(self._free, (offset, 0))
+            at, end = offset, offset + page_up(nbytes)
+            if i < len(self._free) and self._free[i][0] == end:
+                end += self._free.pop(i)[1]
+            if i and sum(self._free[i - 1]) == at:
+                i -= 1
+                at = self._free.pop(i)[0]
+            if end < self._end:
+                self._free.insert(i, (at, end - at))
+                return
+            self._end = at
+            if at == 0:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self.fd, 0)
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of `view` (whole pages of an aligned slot). Raises `OffloadError`."""
         done = 0
         while done < len(view):
+            direct = not self.buffered  # as it is now: another writer may be the one to find out
             try:
                 n = os.pwritev(self.fd, [view[done:]], offset + done)
             except OSError as e:
-                if e.errno == errno.EINVAL and not self.buffered:
+                if e.errno == errno.EINVAL and direct:
                     self.use_buffered()
                     continue
                 full = e.errno in (errno.ENOSPC, errno.EDQUOT)
                 what = "is full" if full else f"cannot be written to: {e.strerror}"
                 remedy = "; free some space, name another folder with --spill-dir, or keep more in memory"
                 raise OffloadError(f"the disk of {self.path} {what}{remedy if full else ''}") from e
-            done += n if self.buffered else n // PAGE * PAGE
             if n == 0:
                 raise OffloadError(f"the disk of {self.path} takes no more bytes")
+            if direct and n % PAGE and done + n < len(view):
+                self.use_buffered()  # direct writes must go on at a page, and this one may end here every time
+            done += n
         if self.buffered:
             os.posix_fadvise(self.fd, offset, len(view), os.POSIX_FADV_DONTNEED)
 
