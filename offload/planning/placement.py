@@ -29,7 +29,7 @@ MIN_CHUNK, MAX_CHUNK = 32, 2048
 CHUNKS = (MIN_CHUNK, 64, 128, 256, 512, 1024, MAX_CHUNK)
 _AHEAD = 2  # most stream slots beyond those of the layer in use
 _TRIED = 12  # how finely the share of memory between dense blocks and experts is searched
-_LEAST_EXACT, _EXACT_LAYERS = 6, 300  # placements run on the virtual clock, and layers of them: bounds a plan's time
+_LEAST_EXACT, _EXACT_LAYERS = 6, 600  # placements run on the virtual clock, and layers of them: bounds a plan's time
 _SLACK = 1.05  # the bound and the virtual clock see other draws of experts
 
 

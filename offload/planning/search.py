@@ -168,7 +168,7 @@ class _Bound:
             m = cost.moved(layer, p, kept)
             through += count * (m.read + m.written)
             if m.read > ring:
-                behind = cost.attention_s(layer, rates, p, tiered=True) * rates.correction(p.tokens) * m.share
+                behind = cost.attention_s(layer, rates, p, self._facts.dtype) * rates.correction(p.tokens) * m.share
                 waited += count * max(0.0, (m.read - ring) / disk - behind)
         return through, waited
 
@@ -203,7 +203,7 @@ class _Bound:
             experts += n * cost.expert_s(facts, layer, rates, p, n)
             if self._machine.host_rates is not None:
                 beside = max(beside, cost.expert_s(facts, layer, self._machine.host_rates, p, n))
-        more = sum(count * cost.chunkwise_s(layer, rates, p) for layer, count in self._alike.items())
+        more = sum(count * cost.chunkwise_s(facts, layer, rates, p) for layer, count in self._alike.items())
         return _Work(dense, experts, beside), _Work(dense + more, experts, beside)
 
 

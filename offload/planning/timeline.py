@@ -243,7 +243,7 @@ class Timeline:
             work = cost.layer_s(facts, layer, rates, p, tiered=kept is not None)
             name = layer.parts[0][0] if layer.parts else "layer"
             if moved and (moved[i].read or moved[i].written):
-                attention = cost.attention_s(layer, rates, p, tiered=True) * rates.correction(p.tokens)
+                attention = cost.attention_s(layer, rates, p, facts.dtype) * rates.correction(p.tokens)
                 stall += self._attend(name, i, moved, work - attention, attention)
             else:
                 self._compute(name, work)
