@@ -57,16 +57,23 @@ class Merged:
 
 
 def partial(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule, mask: torch.Tensor | None = None
-) -> Tensors:
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule, mask: torch.Tensor | None = None,
+    *, square: bool = False,
+) -> Tensors:  # fmt: skip
     """Attention of query [B, heads, Q, D] to keys [B, kv heads, n, D], values [B, kv heads, n, Dv] and no others.
 
     `mask` [Q, n] is True where a query sees a key. Returns out [B, heads, Q, Dv] and lse [B, heads, Q] (minus infinity
-    for a query that sees none), in float32 or the type of the queries.
+    for a query that sees none), in float32 or the type of the queries. `square`: queries and keys are the same tokens,
+    and each sees those before it and itself; then no mask is needed.
     """
     batch, heads, count, width = query.shape
     kv_heads, out_width = keys.shape[1], values.shape[3]
     group = heads // kv_heads
+    if square:
+        if query.device.type == "cpu" and rule.softcap is None:
+            k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (keys, values))
+            return _by_torch(query, k, v, rule.scale, None, causal=True)
+        mask = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
     # heads that share keys are further queries: nothing is repeated
     folded = query.reshape(batch, kv_heads, group * count, width)
     seen = mask.repeat(group, 1) if mask is not None else None
@@ -84,8 +91,9 @@ def partial(
 
 
 def _by_torch(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, seen: torch.Tensor | None
-) -> Tensors:
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, seen: torch.Tensor | None,
+    *, causal: bool = False,
+) -> Tensors:  # fmt: skip
     """torch's fused kernel, which also tells the log-sum-exp; it wants keys and values of one width."""
     wide = max(keys.shape[3], values.shape[3])
     padded = [t if t.shape[3] == wide else torch.nn.functional.pad(t, (0, wide - t.shape[3])) for t in (query, keys)]
@@ -93,7 +101,7 @@ def _by_torch(
     bias = None
     if seen is not None:
         bias = torch.zeros(1, 1, *seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
-    out, lse = _fused(*padded, v, attn_mask=bias, scale=scale)
+    out, lse = _fused(*padded, v, is_causal=causal, attn_mask=bias, scale=scale)
     if seen is not None:
         lse = lse.masked_fill(~seen.any(-1), -torch.inf)  # the kernel says 0 for those
     return out[..., : values.shape[3]], lse
@@ -113,7 +121,10 @@ def blocks(
         begin = 0 if rule.window is None else max(0, low - rule.window + 1 - first_key)
         for k0 in range(begin, min(length, high - first_key + 1), step):
             k1 = min(k0 + step, length, high - first_key + 1)
-            mask = None
+            mask, at = None, slice(q0, q1)
+            if rule.window is None and first_key + k0 == low and k1 - k0 == q1 - q0:
+                yield at, *partial(query[:, :, at], keys[:, :, k0:k1], values[:, :, k0:k1], rule, square=True)
+                continue
             inside = rule.window is None or high - (first_key + k0) < rule.window
             if not inside or first_key + k1 - 1 > low:
                 apart = torch.arange(low, high + 1)[:, None] - torch.arange(first_key + k0, first_key + k1)
@@ -121,7 +132,6 @@ def blocks(
                 if rule.window is not None:
                     mask &= apart < rule.window
                 mask = mask.to(query.device)
-            at = slice(q0, q1)
             out, lse = partial(query[:, :, at], keys[:, :, k0:k1], values[:, :, k0:k1], rule, mask)
             yield at, out, lse
 

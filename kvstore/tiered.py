@@ -1,7 +1,7 @@
 """The cache whose chunks are in memory, on their way, or on disk: transformers' `Cache`, one layer at a time.
 
-`update` hands back the new keys and values only; `kvstore.tiered_attention` reads what came before from the store, chunk
-by chunk.
+`update` hands back the new keys and values only; `kvstore.tiered_attention` reads what came before, chunk by
+chunk, from the store.
 """
 
 from __future__ import annotations
