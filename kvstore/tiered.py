@@ -43,8 +43,9 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         shape = KVShape.of(key_states, value_states)
         store = self._cache.store_for(shape, key_states.shape[0])
         windowed = self.window is not None
-        if self._cache.front_tokens and not windowed:  # a window moves on: nothing of it is worth keeping
-            self.front = Front(self._cache.front_tokens, key_states, value_states)
+        ahead = self._cache.front_tokens(shape, key_states.shape[0])
+        if ahead and not windowed:  # a window moves on: nothing of it is worth keeping
+            self.front = Front(ahead, key_states, value_states)
         self.rows = [store.new_list(self.number, shape, window=windowed) for _ in range(key_states.shape[0])]
         self.is_initialized = True
 
@@ -183,8 +184,8 @@ class TieredCache(Cache):  # type: ignore[misc]
     attention layer comes as transformers' own object instead.
 
     `make_store` is asked once, when the first layer's shape is known. On a device with memory of its own the first
-    `front_tokens` stay there; what comes after is attended to on the host if `on_host` says so of that many queries,
-    or brought up by `lift`.
+    `front_tokens(shape, sequences)` stay there; what follows is attended to on the host if `on_host` says so of that
+    many queries, or brought up by `lift`.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         layers: Sequence[int | CacheLayerMixin | None],
         make_store: MakeStore,
         *,
-        front_tokens: int = 0,
+        front_tokens: Callable[[KVShape, int], int] = lambda shape, batch: 0,
         on_host: Callable[[int], bool] = lambda queries: True,
         lift: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ) -> None:

@@ -138,7 +138,7 @@ class Engine:
             try:
                 self.kv.connect(
                     description, reader, self._memory.disk, self.trace, self.interrupt.is_set, self.notes,
-                    self.device.torch_device,
+                    self.device, self.machine,
                 )  # fmt: skip
             except BaseException:
                 self._memory.close()

@@ -6,10 +6,10 @@ All in memory, in transformers' own attention, as long as that is what the plan 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers.cache_utils import Cache
 
 from kvstore import ChunkStore, KVDisk, KVShape, SparseOptions, TieredCache, chunk_tokens, make_cache, slots_for
@@ -18,9 +18,11 @@ from offload import attention
 from offload.attention import Attention
 from offload.config import RunConfig
 from offload.describe import Description
+from offload.planning.facts import ModelFacts
+from offload.planning.machine import Machine
 from offload.planning.placement import Plan
 from offload.sizes import format_size, parse_budget, parse_size
-from tiers import DirectReader, Trace, TransferQueue, UsageError
+from tiers import CpuDevice, Device, DirectReader, Trace, TransferQueue, UsageError
 from tiers.folders import cache_folder
 
 
@@ -28,6 +30,19 @@ def sparse_options(config: RunConfig) -> SparseOptions | None:
     """What was asked for of sparse attention; None: nothing."""
     budget = parse_budget(config.kv_budget)
     return SparseOptions(budget, config.kv_policy, config.kv_by_layer) if budget is not None else None
+
+
+def _on_host(facts: ModelFacts, machine: Machine, queries: int) -> bool:
+    """Whether so many queries attend to what is in RAM there, and only partial results cross the link: where that is
+    sooner than bringing keys and values up (InstInfer, https://arxiv.org/abs/2409.04992; MoE-Lens)."""
+    layer = max(facts.layers, key=lambda y: y.kv_bytes)
+    rates, link = machine.host_rates or machine.rates, machine.link_bytes_per_s
+    if link is None or not layer.kv_bytes:
+        return True
+    there = max(
+        layer.kv_bytes / rates.attention_bytes_per_s, queries * layer.attention_flops / rates.attention_flops_per_s
+    )
+    return there < layer.kv_bytes / link
 
 
 class KV:
@@ -43,6 +58,9 @@ class KV:
         tiered = description.demand.tiered
         # what the plan reserves, less what other layers keep
         self._reserved = plan.kv - (tiered.others(plan.context) if tiered is not None else 0)
+        self._below = plan.kv_host if plan.device is not None else None
+        self._device: Device = CpuDevice()
+        self._on_host: Callable[[int], bool] = lambda queries: True
         self.attention: Attention | None = None
         self._disk: KVDisk | None = None
         self._interrupted: Callable[[], bool] | None = None
@@ -51,7 +69,7 @@ class KV:
 
     def connect(
         self, description: Description, reader: DirectReader, queue: TransferQueue, trace: Trace | None,
-        interrupted: Callable[[], bool], notes: list[str], device: torch.device,
+        interrupted: Callable[[], bool], notes: list[str], device: Device, machine: Machine,
     ) -> None:  # fmt: skip
         """Open what chunks are spilled to, and have the model attend over it. Raises `UsageError`."""
         if not self.tiered:
@@ -61,7 +79,10 @@ class KV:
         limit = parse_size(config.disk, flag="--disk") if config.disk is not None else None
         self._disk = KVDisk(folder, limit, reader, queue, trace)
         self._interrupted, self._notes = interrupted, notes
-        kernel = kernels.load() if device.type == "cpu" else None
+        self._device = device
+        if device.own_memory:
+            self._on_host = functools.partial(_on_host, description.facts, machine)
+        kernel = kernels.load()  # what is in RAM is attended to there, a token at a time
         self.attention = attention.switch(description.model, kernel.attend_table if kernel is not None else None)
 
     def new_cache(self, capacity: int) -> Cache:
@@ -70,35 +91,47 @@ class KV:
             return make_cache(self._hf_config, capacity)
         layers = attention.cache_layers(self._hf_config)
         count = sum(layer is None or isinstance(layer, int) for layer in layers)
+        asked = self._config.kv_resident
+
+        def sizes(shape: KVShape, batch: int) -> tuple[int, int, int]:
+            """Tokens of a chunk; bytes of all chunks; of the fewest that work."""
+            tokens = self._chunk or chunk_tokens(shape, capacity, sparse=self.sparse is not None)
+            nbytes = shape.chunk_nbytes(tokens)
+            whole = count * batch * -(-capacity // tokens) * nbytes
+            return tokens, whole, nbytes * slots_for(0, nbytes, count, batch, capacity, tokens)
 
         def make(shape: KVShape, batch: int) -> ChunkStore:
             assert self._disk is not None
-            tokens = self._chunk or chunk_tokens(shape, capacity, sparse=self.sparse is not None)
-            whole = count * batch * -(-capacity // tokens) * shape.chunk_nbytes(tokens)
-            asked = self._config.kv_resident
-            wanted = parse_size(asked, of=whole, flag="--kv-resident") if asked is not None else self._reserved
+            tokens, whole, least = sizes(shape, batch)
+            wanted = self._wanted(whole)
+            if self._below is not None:  # the device keeps what was asked for; without a word RAM holds what it can
+                wanted = min(self._below, whole) if asked is None else least
+            elif asked is not None and wanted < least:
+                self._notes.append(
+                    f"--kv-resident {asked} is raised to {format_size(least)}, the smallest that works for this request"
+                )
             if self.sparse is not None:
                 wanted -= count * batch * self.sparse.abstract_nbytes(shape, capacity, tokens)
-            store = ChunkStore(
-                self._disk,
-                shape,
-                count,
-                batch,
-                capacity,
-                wanted,
-                tokens=tokens,
-                interrupted=self._interrupted,
+            return ChunkStore(
+                self._disk, shape, count, batch, capacity, wanted, tokens=tokens, interrupted=self._interrupted,
                 sparse=self.sparse,
-            )
-            least = slots_for(0, store.slot_nbytes, count, batch, capacity, tokens)
-            if asked is not None and store.slots == least and store.slots * store.slot_nbytes > wanted:
-                self._notes.append(
-                    f"--kv-resident {asked} is raised to "
-                    f"{format_size(store.slots * store.slot_nbytes)}, the smallest that works for this request"
-                )
-            return store
+            )  # fmt: skip
 
-        return TieredCache(layers, make)
+        def front(shape: KVShape, batch: int) -> int:
+            """Tokens of each sequence that the device holds."""
+            if self._below is None:
+                return 0
+            _, whole, least = sizes(shape, batch)
+            each = sum(layer is None for layer in layers) * batch * shape.token_nbytes
+            room = self._wanted(whole) - (least if asked is not None else 0)
+            return max(0, min(capacity, room // each)) if each else 0
+
+        return TieredCache(layers, make, front_tokens=front, on_host=self._on_host, lift=self._device.lift)
+
+    def _wanted(self, whole: int) -> int:
+        """Bytes to be kept where compute is, of a request that takes `whole`."""
+        asked = self._config.kv_resident
+        return parse_size(asked, of=whole, flag="--kv-resident") if asked is not None else self._reserved
 
     def close(self) -> None:
         """Stop the writers."""

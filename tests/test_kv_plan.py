@@ -93,13 +93,29 @@ def test_nobody_gets_tiers_who_named_no_context() -> None:
         assert (plan.kv_tiered, plan.kv_share) == (False, 1.0)
 
 
-def test_a_device_attends_to_its_own_memory() -> None:
+def test_a_device_keeps_all_that_fits_it_and_ram_the_others() -> None:
     known, hardware = model(), machine(link_bytes_per_s=1e10)
     on_device = budgets(1 << 40, vram=1)
     with pytest.raises(BudgetError) as e:
         choose(known, on_device, hardware, LONG)
-    assert e.value.smallest is not None and e.value.smallest > 6 * TOKEN * CONTEXT
-    assert not choose(known, replace(on_device, vram=e.value.smallest), hardware, LONG).plan.kv_tiered
+    whole = 6 * TOKEN * CONTEXT
+    assert e.value.smallest is not None and e.value.smallest < whole
+    tight = choose(known, replace(on_device, vram=e.value.smallest), hardware, LONG).plan
+    assert tight.kv_tiered and tight.kv < whole
+    assert tight.kv_host >= whole - tight.kv, "RAM has room for what the device has not"
+    assert not choose(known, replace(on_device, vram=e.value.smallest + whole), hardware, LONG).plan.kv_tiered
+
+
+@pytest.mark.parametrize("spare", [0, 4 * MIB, 64 * MIB])
+def test_what_ram_holds_of_them_is_within_its_budget(spare: int) -> None:
+    known, hardware = model(), machine(link_bytes_per_s=1e10)
+    on_device = budgets(1, vram=1 << 40, kv_resident=0.25)
+    with pytest.raises(BudgetError, match="--ram") as e:
+        choose(known, on_device, hardware, LONG)
+    assert e.value.smallest is not None
+    plan = choose(known, replace(on_device, ram=e.value.smallest + spare), hardware, LONG).plan
+    assert plan.kv_host > 0
+    assert plan.base + FIXED + plan.host.arena + plan.kv_host <= e.value.smallest + spare
 
 
 def test_what_is_asked_for_is_kept() -> None:

@@ -69,7 +69,8 @@ class Plan:
 
     `host` is what RAM holds for the device (on a CPU: everything there is), `device` what device memory holds.
     `smallest` is the least budget of the memory computed in, `smallest_ram` that of `--ram`. `kv` is reserved in memory
-    for keys and values; `kv_tiers` tells how much of them that is, None where it is all of them.
+    for keys and values; `kv_tiers` tells how much of them that is, None where it is all of them. With a device `kv`
+    is of its memory, and `kv_host` is reserved in RAM for what is not there.
     """
 
     ram: int
@@ -86,6 +87,7 @@ class Plan:
     smallest: int
     smallest_ram: int = 0
     kv_tiers: KVTiers | None = None
+    kv_host: int = 0
 
     @property
     def kv_tiered(self) -> bool:
@@ -164,13 +166,12 @@ class Demand:
     def ways(self, budgets: Budgets) -> list[Way]:
         """The ways to keep keys and values that a plan may choose among, most in memory first.
 
-        Nobody asked to have them on disk who did not say how long the context is to be; and a device's attention reads
-        its own memory only.
+        Nobody asked to have them on disk who did not say how long the context is to be.
         """
         if budgets.kv_resident is not None:
             return [self.way(budgets.kv_resident)]
         ways = [self.way(None)]
-        if self.tiered is None or budgets.context is None or budgets.vram is not None:
+        if self.tiered is None or budgets.context is None:
             return ways
         context = min(budgets.context, self.max_context)
         whole, ring = self.tiered.whole(context), self.tiered.ring(context)
@@ -274,15 +275,23 @@ def make_plan(
         chunk = tokens if demand.whole_prompt else min(chunk, tokens)
         return way.kv(tokens), way.activations(chunk, tokens)
 
+    def host_kv(tokens: int) -> int:
+        """What RAM holds, at least, of keys and values that are not all on the device."""
+        tiered = vram is not None and any(way.tiers(tokens) is not None for way in ways)
+        return demand.tiered.resident(tokens, 0) if tiered and demand.tiered is not None else 0
+
     # the smallest placement, and with it the smallest budgets
     model = _Weights.of(layout)
-    least = min(sum(overhead(least_context, MIN_CHUNK, way)) for way in ways)
+    leasts = [sum(overhead(least_context, MIN_CHUNK, way)) for way in ways]
     tight, streaming = model.smallest(), model.place(_Room.none())
     assert streaming is not None
     below = model.below(streaming).place(_Room.none()) if vram is not None else None  # enough under any other, too
     assert below is not None or vram is None
+    least = min(leasts)
     if below is not None and vram is not None:
-        least_ram = page_up(fixed + below.arena)
+        if budgets.kv_resident is None and budgets.device_base + leasts[0] + tight.arena <= vram:
+            ways = ways[:1]  # all of them fit the device, where attention is fastest
+        least_ram = page_up(fixed + below.arena + host_kv(least_context))
         least_vram = page_up(budgets.device_base + least + tight.arena)
         _refuse("--vram", vram, least_vram)
         compute_budget, compute_fixed, smallest = vram, budgets.device_base, least_vram
@@ -312,6 +321,8 @@ def make_plan(
             # KV is reserved whether used or not: while weights must be streamed it gets little of their room
             if more > spare or (more > spare // 16 and spare - more < whole):
                 break
+            if below is not None and fixed + below.arena + host_kv(wider) > ram:
+                break
             context = wider
     if scores is not None:  # they tell what a wider pass is worth in weights
         chunks = [c for i, c in enumerate(CHUNKS) if i == 0 or CHUNKS[i - 1] < min(context, scores.widest)]
@@ -333,7 +344,7 @@ def make_plan(
     # weights: what is left, first where they are computed on, then in the tier below
     def under(above: TierPlan) -> TierPlan:
         """What the host holds of what the device does not."""
-        host = model.below(above).place(_Room(ram - fixed, cap - above.resident))
+        host = model.below(above).place(_Room(ram - fixed - host_kv(context), cap - above.resident))
         assert host is not None, "what is left for the host was kept for it"
         return host
 
@@ -347,6 +358,11 @@ def make_plan(
         use, placed = _fastest(candidates, both, scores, len(model.dense))
     host, device = both(placed)
     kv, activations = taken[use]
+    host_room = 0
+    if vram is not None and use.kv is not None and demand.tiered is not None:
+        # whatever RAM has left holds more of them: what is on disk is far slower
+        most = demand.tiered.whole(context) + demand.tiered.ring(context)
+        host_room = max(host_kv(context), min(most, ram - fixed - host.arena))
     return Plan(
         ram=ram,
         vram=vram or 0,
@@ -362,6 +378,7 @@ def make_plan(
         smallest=smallest,
         smallest_ram=least_ram,
         kv_tiers=use.kv,
+        kv_host=host_room,
     )
 
 
