@@ -6,6 +6,8 @@ Knows nothing of experts.
 from kvstore.attend import FewTokens, attend
 from kvstore.attention import Rule
 from kvstore.chunks import KVShape
+from kvstore.cold import CodedStore, KVCodecs
+from kvstore.loss import NO_LOSS, KVLoss
 from kvstore.nodes import NODE_TOKENS, Layer, Segment
 from kvstore.prefixes import Match, PrefixStore, Pruned
 from kvstore.reserved import ReservedLayer, make_cache, rollback
@@ -17,7 +19,7 @@ from kvstore.tiered import TieredCache, TieredLayer
 from kvstore.windows import WindowLayer
 
 __all__ = [
-    "NODE_TOKENS", "ChunkStore", "FewTokens", "KVBooks", "KVDisk", "KVShape", "Layer", "Match", "PrefixStore",
+    "NODE_TOKENS", "NO_LOSS", "ChunkStore", "CodedStore", "FewTokens", "KVBooks", "KVCodecs", "KVDisk", "KVLoss", "KVShape", "Layer", "Match", "PrefixStore",
     "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions", "Snapshot", "SparseOptions", "Summary",
     "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens", "make_cache", "mismatch", "rollback",
     "slots_for",

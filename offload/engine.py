@@ -249,6 +249,7 @@ class Engine:
                     kv = cache.unseen()
                     stats.stall_s += kv.stall_s
                     stats.kv_bytes_read, stats.kv_bytes_written = kv.bytes_read, kv.bytes_written
+                    stats.kv_loss = kv.loss
                 self.steps.append(stats)
         if self.on_pass is not None:
             self.on_pass(cache, tokens)

@@ -6,6 +6,8 @@ All in memory, in transformers' own attention, as long as that is what the plan 
 
 from __future__ import annotations
 
+import functools
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers.cache_utils import Cache
 
-from kvstore import ChunkStore, KVDisk, KVShape, SparseOptions, TieredCache, chunk_tokens, make_cache, slots_for
+from kvstore import ChunkStore, CodedStore, KVCodecs, KVDisk, KVShape, SparseOptions, TieredCache, chunk_tokens, make_cache
 from moe import kernels
 from offload import attention, hf
 from offload.attention import Attention
@@ -35,7 +37,8 @@ class KV:
         budget = parse_budget(config.kv_budget)
         self.sparse = SparseOptions(budget, config.kv_policy, config.kv_by_layer) if budget is not None else None
         self._resident = config.kv_resident or "100%"
-        self.tiered = config.kv_resident is not None or budget is not None
+        self.codecs = KVCodecs.parse(config.kv_codec) if config.kv_codec is not None else KVCodecs()
+        self.tiered = config.kv_resident is not None or budget is not None or bool(self.codecs)
         self.demand = self._tiered_demand(description.demand) if self.tiered else description.demand
         self.attention: Attention | None = None
         self._disk: KVDisk | None = None
@@ -70,7 +73,8 @@ class KV:
             tokens = self._chunk or chunk_tokens(shape, capacity, sparse=self.sparse is not None)
             whole = count * batch * -(-capacity // tokens) * shape.chunk_nbytes(tokens)
             wanted = parse_size(self._resident, of=whole, flag="--kv-resident")
-            store = ChunkStore(
+            kind = functools.partial(CodedStore, codecs=self.codecs) if self.codecs else ChunkStore
+            store = kind(
                 self._disk,
                 shape,
                 count,
@@ -81,11 +85,15 @@ class KV:
                 interrupted=self._interrupted,
                 sparse=self.sparse,
             )
-            least = slots_for(0, store.slot_nbytes, count, batch, capacity, tokens)
-            if store.slots == least and store.slots * store.slot_nbytes > wanted:
+            if store.nbytes > wanted:
                 self._notes.append(
-                    f"--kv-resident {self._config.kv_resident} is raised to "
-                    f"{format_size(store.slots * store.slot_nbytes)}, the smallest that works for this request"
+                    f"--kv-resident {self._resident} is raised to "
+                    f"{format_size(store.nbytes)}, the smallest that works for this request"
+                )
+            if isinstance(store, CodedStore) and not store.codes:
+                self._notes.append(
+                    f"--kv-codec {self.codecs}: nothing is coded, for all keys and values stay in memory; give a smaller "
+                    "--kv-resident, or a codec for memory (ram=int8)"
                 )
             return store
 
@@ -110,13 +118,18 @@ class KV:
         if not per_token:
             raise UsageError("--kv-resident: this model keeps no keys and values that could lie anywhere else")
         asked = self._resident
+        if self.sparse is not None and self.codecs.ram not in ("none", self.codecs.disk):
+            raise UsageError(
+                "--kv-codec: with --kv-budget what is in memory comes and goes as it is on disk; "
+                f"code both alike (ram={self.codecs.ram},disk={self.codecs.ram}), or the disk only"
+            )
         if self.sparse is not None and getattr(self._hf_config.get_text_config(decoder=True), "kv_lora_rank", None):
             raise UsageError("--kv-budget: this model keeps compressed latents, of which no bound is known")
 
         def kv(tokens: int) -> int:
             whole = per_token * tokens
             wanted = parse_size(asked, of=whole, flag="--kv-resident")
-            ring = 4 << 20
+            ring = 8 << 20 if self.codecs else 4 << 20
             return min(max(wanted, whole // 8 + 16 * per_token + ring), whole + ring) + others * tokens + states
 
         eager = False  # scores are never made
