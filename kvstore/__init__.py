@@ -19,8 +19,8 @@ from kvstore.tiered import TieredCache, TieredLayer
 from kvstore.windows import WindowLayer
 
 __all__ = [
-    "NODE_TOKENS", "NO_LOSS", "ChunkStore", "CodedStore", "FewTokens", "KVBooks", "KVCodecs", "KVDisk", "KVLoss", "KVShape", "Layer", "Match", "PrefixStore",
-    "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions", "Snapshot", "SparseOptions", "Summary",
-    "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens", "make_cache", "mismatch", "rollback",
-    "slots_for",
+    "NODE_TOKENS", "NO_LOSS", "ChunkStore", "CodedStore", "FewTokens", "KVBooks", "KVCodecs", "KVDisk", "KVLoss",
+    "KVShape", "Layer", "Match", "PrefixStore", "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions",
+    "Snapshot", "SparseOptions", "Summary", "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens",
+    "make_cache", "mismatch", "rollback", "slots_for",
 ]  # fmt: skip

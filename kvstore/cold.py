@@ -1,8 +1,8 @@
 """Chunks that are coded in fewer bytes, on disk or in memory: the same store, with slots of more than one size.
 
 The chunk being filled is as it was computed. One that is full and leaves memory is coded in the disk's codec, into a
-slot of a second, smaller size, and written from there; one that stays is coded in memory's codec, if there is one. To be
-attended to it is decoded into a slot of the first size that happens to be free; some are kept free for that.
+slot of a second, smaller size, and written from there; one that stays is coded in memory's codec, if there is one. To
+be attended to it is decoded into a slot of the first size that happens to be free; some are kept free for that.
 
 What cannot be coded (see `codecs`) stays as it is, on disk too. So does a chunk that was coded and has been opened to
 be changed `MOST_CODED` times: what its tokens are off by does not add up without end.
@@ -20,7 +20,7 @@ import torch
 from kvstore.chunks import Chunk, KVShape
 from kvstore.codecs import CODECS, ChunkShape, KVCodec
 from kvstore.loss import KVLoss
-from kvstore.store import LEAST_RING, POOL, RING, ChunkStore, Chosen, KVDisk, ScanPolicy
+from kvstore.store import LEAST_RING, POOL, RING, Chosen, ChunkStore, KVDisk, ScanPolicy
 from tiers import Block, Lease, Slot, UsageError, page_up
 
 MOST_CODED = 2  # times that a chunk's tokens are coded: once, and once more after a change
@@ -181,7 +181,7 @@ class CodedStore(ChunkStore):
     # coding
 
     def _code(self, chunk: Chunk, codec: KVCodec) -> bool:
-        """Code the chunk, which is leased, into a slot of the codec's; False, and it is as it was, if that cannot be."""
+        """Code the chunk, which is leased, into a slot of the codec's; False if that cannot be: it is as it was."""
         if chunk.coded >= MOST_CODED:
             return False
         assert chunk.views is not None

@@ -31,9 +31,7 @@ class KVLoss:
     ) -> KVLoss:
         """Keys and values before and after, and the bytes they took."""
         squares = [
-            float(x.float().square().sum())
-            for a, b in zip(was, now, strict=True)
-            for x in (b.float() - a.float(), a)
+            float(x.float().square().sum()) for a, b in zip(was, now, strict=True) for x in (b.float() - a.float(), a)
         ]
         return cls(raw, coded, *squares)
 

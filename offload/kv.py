@@ -7,7 +7,6 @@ All in memory, in transformers' own attention, as long as that is what the plan 
 from __future__ import annotations
 
 import functools
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,17 @@ from pathlib import Path
 import torch
 from transformers.cache_utils import Cache
 
-from kvstore import ChunkStore, CodedStore, KVCodecs, KVDisk, KVShape, SparseOptions, TieredCache, chunk_tokens, make_cache
+from kvstore import (
+    ChunkStore,
+    CodedStore,
+    KVCodecs,
+    KVDisk,
+    KVShape,
+    SparseOptions,
+    TieredCache,
+    chunk_tokens,
+    make_cache,
+)
 from moe import kernels
 from offload import attention, hf
 from offload.attention import Attention
@@ -92,8 +101,8 @@ class KV:
                 )
             if isinstance(store, CodedStore) and not store.codes:
                 self._notes.append(
-                    f"--kv-codec {self.codecs}: nothing is coded, for all keys and values stay in memory; give a smaller "
-                    "--kv-resident, or a codec for memory (ram=int8)"
+                    f"--kv-codec {self.codecs}: nothing is coded, for all keys and values stay in memory; give a "
+                    "smaller --kv-resident, or a codec for memory (ram=int8)"
                 )
             return store
 

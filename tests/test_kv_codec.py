@@ -71,7 +71,7 @@ def sound(store: ChunkStore, disk: KVDisk, *rows: ChunkList) -> None:
     chunks = {id(c): c for row in rows for c in row.chunks}.values()
     assert {b.key for b in store.residency.blocks()} == {c.key for c in chunks}, "nothing is left over"
     assert disk.file.used == sum(page_up(n) for _, n in store._extents.values())
-    assert {k for k in store._extents} == {c.key for c in chunks if c.offset is not None}
+    assert set(store._extents) == {c.key for c in chunks if c.offset is not None}
     assert all((c.views is not None) == (c.lease is not None and c.codec is None) for c in chunks)
     assert set(store._leased) == {c.key for c in chunks if c.views is not None}
     for chunk in chunks:
