@@ -16,7 +16,7 @@ import torch
 from tiers import Lease, Slot, page_up
 
 if TYPE_CHECKING:
-    from kvstore.codecs import KVCodec
+    from kvstore.codecs import Grouped
     from kvstore.sparse import SparseRow
 
 TARGET_BYTES = 1 << 20  # of a chunk: what one direct read is best at
@@ -79,7 +79,7 @@ class Chunk:
         self.offset: int | None = None  # in the spill file, once it has been written
         self.lease: Lease | None = None
         self.views: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.codec: KVCodec | None = None  # None: as it is
+        self.codec: Grouped | None = None  # None: as it is
         self.coded = 0  # how often what it holds has been coded
         self.whole = False  # filled to the end, as far as a store that codes has been told
 

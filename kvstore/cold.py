@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from kvstore.chunks import Chunk, KVShape
-from kvstore.codecs import CODECS, ChunkShape, KVCodec
+from kvstore.codecs import CODECS, GROUP, ChunkShape, Grouped
 from kvstore.loss import KVLoss
 from kvstore.store import LEAST_RING, POOL, RING, Chosen, ChunkStore, KVDisk, ScanPolicy
 from tiers import Block, Lease, Slot, UsageError, page_up
@@ -51,6 +51,9 @@ class KVCodecs:
             found[tier] = name
         return cls(**found)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.ram, self.disk))
+
     def __bool__(self) -> bool:
         return (self.ram, self.disk) != ("none", "none")
 
@@ -60,16 +63,25 @@ class KVCodecs:
         return f"ram={self.ram}" + (f",disk={self.disk}" if self.disk != "none" else "")
 
 
+class FastDecode(Protocol):
+    """A kernel for `Grouped.decode` (`moe.kernels.Kernel.decode_kv`): see there."""
+
+    def __call__(self, bits: int, group: int, raw: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """False if it cannot; nothing has been written then."""
+        ...
+
+
 class CodedStore(ChunkStore):
     """A `ChunkStore` whose chunks are coded by `codecs`; `resident` bytes hold them, those that are being filled and
     those that are decoded to be attended to."""
 
     def __init__(
         self, disk: KVDisk, shape: KVShape, layers: int, batch: int, capacity: int, resident: int,
-        *, codecs: KVCodecs, **options: Any,
+        *, codecs: KVCodecs, decode: FastDecode | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        """`options` as for `ChunkStore`."""
-        self._ram, self._down = (CODECS[n] if n != "none" else None for n in (codecs.ram, codecs.disk))
+        """`decode`: a kernel that decodes where it can. `options` as for `ChunkStore`."""
+        self._ram, self._down = (c if isinstance(c, Grouped) else None for c in (CODECS[n] for n in codecs))
+        self._fast = decode
         self._slot_nbytes: dict[str, int] = {}  # by codec
         self._policies: dict[str, ScanPolicy | Chosen] = {}
         super().__init__(disk, shape, layers, batch, capacity, resident, **options)
@@ -180,7 +192,7 @@ class CodedStore(ChunkStore):
 
     # coding
 
-    def _code(self, chunk: Chunk, codec: KVCodec) -> bool:
+    def _code(self, chunk: Chunk, codec: Grouped) -> bool:
         """Code the chunk, which is leased, into a slot of the codec's; False if that cannot be: it is as it was."""
         if chunk.coded >= MOST_CODED:
             return False
@@ -204,7 +216,7 @@ class CodedStore(ChunkStore):
         chunk.coded += 1
         return True
 
-    def _measure(self, chunk: Chunk, codec: KVCodec, coded: torch.Tensor) -> None:
+    def _measure(self, chunk: Chunk, codec: Grouped, coded: torch.Tensor) -> None:
         """Note the bytes, and of one in `SAMPLE` chunks how far it is off."""
         assert chunk.views is not None
         raw, seen = sum(x.nbytes for x in chunk.views), self._seen[chunk.layer]
@@ -225,7 +237,9 @@ class CodedStore(ChunkStore):
             made = self._new_slot(chunk.layer)
             try:
                 raw = lease.slot.tensor[: self.residency.nbytes(chunk.key)]
-                chunk.codec.decode(raw, *shape.views(made.slot, tokens))
+                views = shape.views(made.slot, tokens)
+                if self._fast is None or not self._fast(chunk.codec.bits, GROUP, raw, *views):
+                    chunk.codec.decode(raw, *views)
             except BaseException:
                 made.release()
                 self.residency.remove(made.key)
@@ -269,5 +283,5 @@ def _shape(shape: KVShape, tokens: int) -> ChunkShape:
     return ChunkShape(shape.kv_heads, tokens, shape.key_dim, shape.value_dim, shape.dtype)
 
 
-def _pool(codec: KVCodec) -> str:
+def _pool(codec: Grouped) -> str:
     return f"{POOL}.{codec.name}"

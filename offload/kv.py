@@ -53,6 +53,7 @@ class KV:
         self._disk: KVDisk | None = None
         self._interrupted: Callable[[], bool] | None = None
         self._notes: list[str] = []
+        self._decode: Callable[..., bool] | None = None  # a chunk's codes
         self._chunk = (config.overrides or {}).get("kv_chunk")
 
     def connect(
@@ -67,7 +68,9 @@ class KV:
         limit = parse_size(config.disk, flag="--disk") if config.disk is not None else None
         self._disk = KVDisk(folder, limit, reader, queue, trace)
         self._interrupted, self._notes = interrupted, notes
-        kernel = kernels.load() if device.type == "cpu" else None
+        found = kernels.load()
+        self._decode = found.decode_kv if found is not None else None
+        kernel = found if device.type == "cpu" else None
         self.attention = attention.switch(description.model, kernel.attend_table if kernel is not None else None)
 
     def new_cache(self, capacity: int) -> Cache:
@@ -82,7 +85,7 @@ class KV:
             tokens = self._chunk or chunk_tokens(shape, capacity, sparse=self.sparse is not None)
             whole = count * batch * -(-capacity // tokens) * shape.chunk_nbytes(tokens)
             wanted = parse_size(self._resident, of=whole, flag="--kv-resident")
-            kind = functools.partial(CodedStore, codecs=self.codecs) if self.codecs else ChunkStore
+            kind = functools.partial(CodedStore, codecs=self.codecs, decode=self._decode) if self.codecs else ChunkStore
             store = kind(
                 self._disk,
                 shape,

@@ -17,7 +17,9 @@ import offload
 from cli.main import main
 from kvstore import ChunkStore, CodedStore, KVCodecs, KVDisk, KVShape
 from kvstore.chunks import ChunkList
+from kvstore.codecs import GROUP, ChunkShape, Grouped
 from kvstore.cold import MOST_CODED
+from moe import kernels
 from offload.config import RunConfig
 from offload.model import Model
 from tiers import DirectReader, TransferQueue, UsageError, page_up
@@ -398,3 +400,45 @@ def test_sessions_are_of_their_codec(folders: dict[str, Path], tmp_path: Path, m
     assert reused[:2] == [0, 0] and reused[3] == 0 and reused[2] == reused[4] == 149
     with offload.load(folders["qwen3"]) as model:
         assert tokens[1] == tokens[4] == model.run([PROMPT], max_new_tokens=8, ignore_eos=True).token_ids
+
+
+KERNEL = kernels.load()
+
+
+@pytest.mark.skipif(KERNEL is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("sizes", [(2, 64, 64, 64), (8, 256, 128, 128), (1, 16, 512, 64), (3, 100, 33, 70), (1, 1, 1, 1)])
+def test_the_kernel_decodes_bit_for_bit(bits: int, dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
+    assert KERNEL is not None
+    heads, tokens, k, v = sizes
+    g = torch.Generator().manual_seed(bits)
+    keys, values = (torch.randn(heads, tokens, w, generator=g) * 10.0 ** torch.randint(-6, 4, (w,), generator=g)
+                    for w in (k, v))  # fmt: skip
+    keys, values = keys.to(dtype), values.to(dtype)
+    codec = Grouped(bits)
+    raw = torch.empty(codec.nbytes(ChunkShape.of(keys, values)), dtype=torch.uint8)
+    codec.encode(keys, values, raw)
+    wanted = torch.empty_like(keys), torch.empty_like(values)
+    codec.decode(raw, *wanted)
+    for level in KERNEL.levels:
+        for threads in (1, 2):
+            got = torch.full_like(keys, 7), torch.full_like(values, 7)
+            assert KERNEL.at(level, threads).decode_kv(bits, GROUP, raw, *got)
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (level, threads)
+
+
+@pytest.mark.skipif(KERNEL is None, reason="no C compiler")
+def test_the_kernel_refuses_what_it_cannot_decode() -> None:
+    assert KERNEL is not None
+    keys = torch.zeros(1, 16, 32)
+    shape = ChunkShape.of(keys, keys)
+    raw = torch.zeros(Grouped(8).nbytes(shape), dtype=torch.uint8)
+    assert KERNEL.decode_kv(8, GROUP, raw, keys, keys.clone())
+    assert not KERNEL.decode_kv(4, GROUP, raw, keys, keys.clone()), "the bytes of another codec"
+    assert not KERNEL.decode_kv(8, GROUP, raw[:-1], keys, keys.clone())
+    assert not KERNEL.decode_kv(8, GROUP, raw, keys.half(), keys.half())
+    assert not KERNEL.decode_kv(8, GROUP, raw, keys.transpose(1, 2).contiguous().transpose(1, 2), keys.clone())
+    wide = torch.zeros(1, 16, 1025)
+    assert not KERNEL.decode_kv(8, GROUP, torch.zeros(Grouped(8).nbytes(ChunkShape.of(wide, wide)), dtype=torch.uint8),
+                                wide, wide.clone())  # fmt: skip
