@@ -64,6 +64,11 @@ def _loading() -> _Parser:
                      help="sparse attention, not exact: a new token attends to so many tokens")  # fmt: skip
     run.add_argument("--kv-policy", default="bounds", metavar="NAME", help="who chooses them (default: bounds)")
     run.add_argument("--kv-by-layer", action="store_true", help="layers share that budget by how skewed they are")
+    run.add_argument(
+        "--kv-codec",
+        metavar="int8|int4",
+        help="code keys and values that leave memory, not exact; those that stay, too: ram=int8,disk=int4",
+    )
     run.add_argument("--spill-dir", metavar="DIR", help="where they are written (default: the cache folder)")
     run.add_argument("--disk", metavar="SIZE", help="most bytes written there (default: no limit)")
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")

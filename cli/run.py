@@ -56,7 +56,7 @@ def _load(args: argparse.Namespace) -> Model:
             overrides=dict(args.settings), expert_policy=args.expert_policy, expert_depth=args.expert_depth,
             expert_predictor=args.expert_predictor, expert_compute=args.expert_compute,
             kv_resident=args.kv_resident, kv_budget=args.kv_budget, kv_policy=args.kv_policy,
-            kv_by_layer=args.kv_by_layer, spill_dir=args.spill_dir, disk=args.disk,
+            kv_by_layer=args.kv_by_layer, kv_codec=args.kv_codec, spill_dir=args.spill_dir, disk=args.disk,
             record_routing=args.record_routing, replay_routing=getattr(args, "replay_routing", None), progress=progress,
         )  # fmt: skip
 
@@ -126,6 +126,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _as_json(result: Any) -> dict[str, Any]:
     stats = result.stats
+    loss = stats.total.kv_loss
     return {
         "token_ids": result.token_ids[0],
         "text": result.text[0],
@@ -148,6 +149,10 @@ def _as_json(result: Any) -> dict[str, Any]:
         "bytes_written": stats.total.kv_bytes_written,
         "kv_bytes_read": stats.total.kv_bytes_read,
         "kv_bytes_written": stats.total.kv_bytes_written,
+        "kv_codec": stats.kv_codec,
+        "kv_error": {"keys": loss.keys, "values": loss.values} if loss.keys is not None else None,
+        "kv_bytes_before_coding": loss.raw_bytes,
+        "kv_bytes_after_coding": loss.coded_bytes,
         "hit_rate": stats.hit_rate,
         "peak_rss_bytes": stats.peak_rss_bytes,
         "ram_budget_bytes": stats.budget_bytes,

@@ -5,6 +5,8 @@ Knows nothing of experts.
 
 from kvstore.attention import Rule
 from kvstore.chunks import KVShape
+from kvstore.cold import CodedStore, KVCodecs
+from kvstore.loss import NO_LOSS, KVLoss
 from kvstore.nodes import NODE_TOKENS, Layer, Segment
 from kvstore.prefixes import Match, PrefixStore
 from kvstore.pruning import Pruned
@@ -18,8 +20,8 @@ from kvstore.tiered_attention import FewTokens, attend
 from kvstore.windows import WindowLayer
 
 __all__ = [
-    "NODE_TOKENS", "ChunkStore", "FewTokens", "KVBooks", "KVDisk", "KVShape", "Layer", "Match", "PrefixStore",
-    "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions", "Snapshot", "SparseOptions", "Summary",
-    "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens", "make_cache", "mismatch", "rollback",
-    "slots_for",
+    "NODE_TOKENS", "NO_LOSS", "ChunkStore", "CodedStore", "FewTokens", "KVBooks", "KVCodecs", "KVDisk", "KVLoss",
+    "KVShape", "Layer", "Match", "PrefixStore", "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions",
+    "Snapshot", "SparseOptions", "Summary", "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens",
+    "make_cache", "mismatch", "rollback", "slots_for",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from tiers import Lease, Slot, page_up
 
 if TYPE_CHECKING:
+    from kvstore.codecs import Grouped
     from kvstore.sparse import SparseRow
 
 TARGET_BYTES = 1 << 20  # of a chunk: what one direct read is best at
@@ -65,10 +66,10 @@ class Chunk:
     """One block of the store. `owners` sequences share it; one that wants to change it needs it for itself alone.
 
     While `lease` is held the chunk stays in its slot, and `views` are good: the chunk being filled, and those that
-    `stay`. Others come and go.
+    `stay`. Others come and go. One that is coded (`codec`) has no views: it is decoded to be attended to.
     """
 
-    __slots__ = ("key", "layer", "lease", "offset", "owners", "stays", "views")
+    __slots__ = ("codec", "coded", "key", "layer", "lease", "offset", "owners", "stays", "views", "whole")
 
     def __init__(self, key: str, layer: int) -> None:
         self.key = key
@@ -78,6 +79,9 @@ class Chunk:
         self.offset: int | None = None  # in the spill file, once it has been written
         self.lease: Lease | None = None
         self.views: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.codec: Grouped | None = None  # None: as it is
+        self.coded = 0  # how often what it holds has been coded
+        self.whole = False  # filled to the end, as far as a store that codes has been told
 
 
 class Store(Protocol):
@@ -155,6 +159,7 @@ class ChunkList:
         except BaseException:
             self._store.give_up(mine)
             raise
+        mine.coded = chunk.coded
         chunk.owners -= 1
         self.chunks[number] = mine
         return mine

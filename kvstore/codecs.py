@@ -117,6 +117,7 @@ class Grouped:
     """
 
     def __init__(self, bits: int) -> None:
+        self.bits = bits
         self.name = f"int{bits}"
         self._most = 2**bits - 1
         self._per_byte = 8 // bits

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from kvstore.chunks import LEAST_TOKENS, MOST_TOKENS, Chunk, ChunkList, KVShape
+from kvstore.loss import NO_LOSS, KVLoss
 from kvstore.sparse import SparseOptions, SparseRow
 from tiers import (
     LRU,
@@ -42,7 +43,7 @@ LEAST_RING = 2  # one being attended to, one on its way
 SPARSE_TOKENS = ((16, 4096), (32, 16384), (64, 1 << 62))  # of a chunk, for sequences up to
 SHORTEST = 8 * LEAST_TOKENS  # tokens of sequences that run together: shorter ones are mostly chunks being filled
 _RUN = 64  # most chunks attended to in one call
-_POOL = "kv"
+POOL = "kv"
 
 
 Span = tuple[Chunk, int, int]  # a chunk, and which of its tokens
@@ -111,11 +112,12 @@ class Chosen(LRU):
 
 @dataclass(slots=True)
 class KVBooks:
-    """Bytes read from and written to disk, and seconds waited for them."""
+    """Bytes read from and written to disk, seconds waited for them, and what coding did."""
 
     bytes_read: int = 0
     bytes_written: int = 0
     stall_s: float = 0.0
+    loss: KVLoss = NO_LOSS
 
 
 class ChunkStore:
@@ -126,6 +128,8 @@ class ChunkStore:
     Sequences that were not foreseen (forks), or grow longer, make do with the same slots: what would else stay leaves.
     """
 
+    decodes = False  # whether chunks are attended to elsewhere than where they lie
+
     def __init__(
         self, disk: KVDisk, shape: KVShape, layers: int, batch: int, capacity: int, resident: int,
         *, tokens: int | None = None, interrupted: Callable[[], bool] | None = None,
@@ -135,22 +139,11 @@ class ChunkStore:
         self._capacity = capacity
         self.tokens = tokens or shape.chunk_tokens()
         self.slot_nbytes = shape.chunk_nbytes(self.tokens)
-        self.slots = slots_for(resident, self.slot_nbytes, layers, batch, capacity, self.tokens)
         self._shapes: dict[int, tuple[KVShape, int]] = {}  # by layer: and tokens of a chunk
-        self._arena = Arena(self.slots * self.slot_nbytes)
         self.sparse = sparse
-        self._policy = ScanPolicy() if sparse is None else Chosen()
-        self.residency = Residency(self._arena, disk.read, down=disk.write)
+        self._policy = self._new_policy()  # of the pool `POOL`
+        stay = self._make_pools(shape, resident, layers, batch, capacity)
         self.residency.interrupted = interrupted
-        self.residency.add_pool(_POOL, self.slot_nbytes, self.slots, self._policy)
-        tails = layers * batch
-        whole = tails * -(-capacity // self.tokens)
-        ring = 0 if self.slots >= whole else min(RING, max(LEAST_RING, (self.slots - tails) // 2))
-        self._run = max(1, ring // 2) if ring else _RUN
-        stay = max(0, self.slots - tails - ring)
-        if sparse is not None:
-            # what is chosen changes: whatever was not chosen for longest makes way
-            stay, self._run = (0 if ring else stay), max(1, min(_RUN, (self.slots - tails) // 2))
         each, rest = divmod(stay, layers)
         self._may_stay = [each + (n < rest) for n in range(layers)]
         self._numbers = itertools.count()
@@ -160,10 +153,39 @@ class ChunkStore:
         disk.sweep()
         weakref.finalize(self, disk.abandon, self.residency, self._extents).atexit = False
 
+    def _make_pools(self, shape: KVShape, resident: int, layers: int, batch: int, capacity: int) -> int:
+        """Cut the memory into slots; returns how many chunks are to stay there."""
+        self.slots = slots_for(resident, self.slot_nbytes, layers, batch, capacity, self.tokens)
+        self._add_pools([(POOL, self.slot_nbytes, self.slots, self._policy)])
+        tails = layers * batch
+        whole = tails * -(-capacity // self.tokens)
+        ring = 0 if self.slots >= whole else min(RING, max(LEAST_RING, (self.slots - tails) // 2))
+        self._run = max(1, ring // 2) if ring else _RUN
+        stay = max(0, self.slots - tails - ring)
+        if self.sparse is not None:
+            # what is chosen changes: whatever was not chosen for longest makes way
+            stay, self._run = (0 if ring else stay), max(1, min(_RUN, (self.slots - tails) // 2))
+        return stay
+
+    def _add_pools(self, pools: Sequence[tuple[str, int, int, ScanPolicy | Chosen]]) -> None:
+        """(name, bytes of a slot, slots, policy) of each."""
+        self._arena = Arena(sum(nbytes * slots for _, nbytes, slots, _ in pools))
+        self.residency = Residency(self._arena, self._disk.read, down=self._disk.write)
+        for pool in pools:
+            self.residency.add_pool(*pool)
+
+    def _new_policy(self) -> ScanPolicy | Chosen:
+        return ScanPolicy() if self.sparse is None else Chosen()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, of all slots together."""
+        return self._arena.nbytes
+
     def new_list(self, layer: int, shape: KVShape, *, window: bool = False) -> ChunkList:
         """An empty sequence of a layer; one with a window is not attended to sparsely."""
         if layer not in self._shapes:
-            tokens = min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+            tokens = self._fitting(shape)
             if not tokens:
                 raise OffloadError(
                     f"--kv-resident: one token of layer {layer} takes {shape.token_nbytes} bytes, a chunk of the first "
@@ -178,6 +200,10 @@ class ChunkStore:
         )
         return ChunkList(self, layer, tokens, sparse)
 
+    def _fitting(self, shape: KVShape) -> int:
+        """Tokens of a layer's chunks, so that one fits its slot."""
+        return min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+
     def shape_of(self, layer: int) -> KVShape:
         """What the layer keeps of a token. Raises `KeyError` for one that keeps nothing yet."""
         return self._shapes[layer][0]
@@ -187,11 +213,19 @@ class ChunkStore:
     def create(self, layer: int) -> Chunk:
         """See `Store`. Waits for a slot; raises `Interrupted`, and what made a spill fail (a full disk)."""
         self._keep_free(1)
-        chunk = Chunk(f"kv.{next(self._numbers)}", layer)
-        shape, tokens = self._shapes[layer]
-        block = Block(chunk.key, tokens * shape.token_nbytes, self.slot_nbytes, ())
-        self._lease(chunk, self.residency.create(block, _POOL))
+        chunk = Chunk("", layer)
+        lease = self._new_slot(layer)
+        chunk.key = lease.key
+        self._lease(chunk, lease)
         return chunk
+
+    def _new_slot(self, layer: int) -> Lease:
+        shape, tokens = self._shapes[layer]
+        block = Block(self._new_key(), tokens * shape.token_nbytes, self.slot_nbytes, ())
+        return self.residency.create(block, POOL)
+
+    def _new_key(self) -> str:
+        return f"kv.{next(self._numbers)}"
 
     def open(self, chunk: Chunk) -> None:
         """See `Store`."""
@@ -240,8 +274,13 @@ class ChunkStore:
         """See `Store`."""
         if chunk.stays:
             self._may_stay[chunk.layer] += 1
+        self._drop(chunk)
+
+    def _drop(self, chunk: Chunk) -> None:
+        """Give up the chunk's block, in memory and on disk."""
         self._release(chunk)
         self.residency.remove(chunk.key)
+        chunk.offset = None
         extent = self._extents.pop(chunk.key, None)
         if extent is not None:
             self._disk.file.free(*extent)
@@ -288,7 +327,7 @@ class ChunkStore:
     ) -> Iterator[list[tuple[Chunk, int, int, Slot]]]:
         """Spans in order and the slots they are in: as many as are there, `most` at a time, at least one."""
         residency = self.residency
-        if any(chunk.lease is None for chunk, *_ in spans):
+        if any(chunk.views is None for chunk, *_ in spans):
             self._keep_free(LEAST_RING)
         passing = [chunk for chunk, *_ in spans if chunk.lease is None]
         if self.sparse is not None:
@@ -298,26 +337,43 @@ class ChunkStore:
         asked, at = self._fetch(coming, 0), 0
         while at < len(spans):
             run: list[tuple[Chunk, int, int, Slot]] = []
-            leases: list[tuple[Lease, str]] = []
+            leases: list[Lease] = []
             try:
                 while at < len(spans) and len(run) < most:
                     chunk, start, stop = spans[at]
-                    lease = chunk.lease
-                    if lease is None:
-                        if run and not residency.resident(chunk.key):
-                            break
-                        before = residency.counters.stall_s
-                        lease = residency.acquire(chunk.key)
-                        self.books.stall_s += residency.counters.stall_s - before
-                        leases.append((lease, chunk.key))
-                    run.append((chunk, start, stop, lease.slot))
+                    slot = self._take(chunk, leases, not run)
+                    if slot is None:
+                        break
+                    run.append((chunk, start, stop, slot))
                     at += 1
+                if self.decodes:
+                    asked = self._fetch(coming, asked)  # into the slots of what has been decoded
                 yield run
             finally:
-                for lease, key in leases:
-                    lease.release()
-                    self._policy.used(key)
+                for lease in leases:
+                    self._let_go(lease)
             asked = self._fetch(coming, asked)
+
+    def _take(self, chunk: Chunk, leases: list[Lease], must: bool) -> Slot | None:
+        """The slot to attend to the chunk in, with what was leased for that added to `leases`; None if it is not there
+        and not waited for."""
+        lease = chunk.lease
+        if lease is None:
+            if not must and not self.residency.resident(chunk.key):
+                return None
+            lease = self._acquire(chunk)
+            leases.append(lease)
+        return lease.slot
+
+    def _acquire(self, chunk: Chunk) -> Lease:
+        before = self.residency.counters.stall_s
+        lease = self.residency.acquire(chunk.key)
+        self.books.stall_s += self.residency.counters.stall_s - before
+        return lease
+
+    def _let_go(self, lease: Lease) -> None:
+        lease.release()
+        self._policy.used(lease.key)
 
     def _fetch(self, coming: Sequence[Chunk], at: int) -> int:
         """Ask for as many of those that come, from number `at` on, as there are slots; returns where it stopped."""

@@ -83,10 +83,10 @@ def _token(
         low = max(_first_seen(pads[b], length - 1, rule) - ahead, 0)
         chosen = row.sparse.choose(row.length, host[b, :, 0], rule.scale) if row.sparse is not None else None
         spans = list(row.spans(low, row.length, chosen))
-        stay = [s for s in spans if s[0].lease is not None] if chosen is None else []
+        stay = [s for s in spans if s[0].views is not None] if chosen is None else []
         for k, v, n in cache.store.located(stay):
             table.extend((b, k, v, n))
-        away.append([s for s in spans if s[0].lease is None] if chosen is None else spans)
+        away.append([s for s in spans if s[0].views is None] if chosen is None else spans)
     if not few(host, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
         return None
     for b, passing in enumerate(away):

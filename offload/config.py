@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvstore.cold import KVCodecs
 from kvstore.selection import DEFAULT_SELECTOR, SELECTORS
 from moe.choices import POLICIES, POLICY, PREDICTOR, PREDICTORS, checked
 from offload.sizes import parse_budget, parse_rate, parse_size
@@ -38,6 +39,8 @@ class RunConfig:
     `kv_budget`: sparse attention, which changes what the model says: so many tokens, or that percentage of those there
     are, are attended to by each new token, chosen by `kv_policy` (`kvstore.selection`); with `kv_by_layer` the layers
     share what they may attend to by how their attention is spread over the prompt.
+    `kv_codec`: `int8` or `int4`, which change what the model says: how keys and values are coded that leave memory; for
+    each tier `ram=int8,disk=int4`, where `ram` codes those that stay, too (`kvstore.cold`).
     """
 
     ram: str | int | None = None
@@ -64,6 +67,7 @@ class RunConfig:
     kv_budget: str | int | None = None
     kv_policy: str = DEFAULT_SELECTOR
     kv_by_layer: bool = False
+    kv_codec: str | None = None
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
@@ -75,6 +79,8 @@ class RunConfig:
         if self.kv_resident is not None:
             parse_size(self.kv_resident, of=1 << 40, flag="--kv-resident")
         parse_budget(self.kv_budget)
+        if self.kv_codec is not None:
+            KVCodecs.parse(self.kv_codec)
         checked(self.kv_policy, tuple(SELECTORS), "--kv-policy")
         if self.disk is not None:
             parse_size(self.disk, flag="--disk")

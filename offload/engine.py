@@ -254,6 +254,7 @@ class Engine:
                     kv = cache.unseen()
                     stats.stall_s += kv.stall_s
                     stats.kv_bytes_read, stats.kv_bytes_written = kv.bytes_read, kv.bytes_written
+                    stats.kv_loss = kv.loss
                 self.steps.append(stats)
         if self.on_pass is not None:
             self.on_pass(cache, tokens)
@@ -428,8 +429,8 @@ def device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
 
 
 def _kv_resident(config: RunConfig) -> int | float | None:
-    """What is to be kept in memory; sparse attention is over chunks even if all of them are."""
-    if config.kv_resident is None and config.kv_budget is not None:
+    """What is to be kept in memory; sparse attention and codecs are over chunks even if all of them are."""
+    if config.kv_resident is None and (config.kv_budget is not None or config.kv_codec is not None):
         return 1.0
     return parse_part(config.kv_resident, flag="--kv-resident")
 

@@ -12,7 +12,18 @@ from pathlib import Path
 
 from transformers.cache_utils import Cache
 
-from kvstore import ChunkStore, KVDisk, KVShape, SparseOptions, TieredCache, chunk_tokens, make_cache, slots_for
+from kvstore import (
+    ChunkStore,
+    CodedStore,
+    KVCodecs,
+    KVDisk,
+    KVShape,
+    SparseOptions,
+    TieredCache,
+    chunk_tokens,
+    make_cache,
+    slots_for,
+)
 from moe import kernels
 from offload import attention
 from offload.attention import Attention
@@ -52,6 +63,12 @@ class KV:
         self._config = config
         self._hf_config = description.config
         self.sparse = sparse_options(config)
+        self.codecs = KVCodecs.parse(config.kv_codec) if config.kv_codec is not None else KVCodecs()
+        if self.sparse is not None and self.codecs.ram not in ("none", self.codecs.disk):
+            raise UsageError(
+                "--kv-codec: with --kv-budget what is in memory comes and goes as it is on disk; "
+                f"code both alike (ram={self.codecs.ram},disk={self.codecs.ram}), or the disk only"
+            )
         if self.sparse is not None and getattr(self._hf_config.get_text_config(decoder=True), "kv_lora_rank", None):
             raise UsageError("--kv-budget: this model keeps compressed latents, of which no bound is known")
         self.tiered = plan.kv_tiered
@@ -65,6 +82,7 @@ class KV:
         self._disk: KVDisk | None = None
         self._interrupted: Callable[[], bool] | None = None
         self._notes: list[str] = []
+        self._decode: Callable[..., bool] | None = None  # a chunk's codes
         self._chunk = (config.overrides or {}).get("kv_chunk")
 
     def connect(
@@ -83,6 +101,7 @@ class KV:
         if device.own_memory:
             self._on_host = functools.partial(_on_host, description.facts, machine)
         kernel = kernels.load()  # what is in RAM is attended to there, a token at a time
+        self._decode = kernel.decode_kv if kernel is not None else None
         self.attention = attention.switch(description.model, kernel.attend_table if kernel is not None else None)
 
     def new_cache(self, capacity: int) -> Cache:
@@ -103,19 +122,27 @@ class KV:
         def make(shape: KVShape, batch: int) -> ChunkStore:
             assert self._disk is not None
             tokens, whole, least = sizes(shape, batch)
-            wanted = self._wanted(whole)
+            wanted = room = self._wanted(whole)
             if self._below is not None:  # the device keeps what was asked for; without a word RAM holds what it can
-                wanted = min(self._below, whole) if asked is None else least
-            elif asked is not None and wanted < least:
-                self._notes.append(
-                    f"--kv-resident {asked} is raised to {format_size(least)}, the smallest that works for this request"
-                )
+                wanted = room = min(self._below, whole) if asked is None else least
             if self.sparse is not None:
-                wanted -= count * batch * self.sparse.abstract_nbytes(shape, capacity, tokens)
-            return ChunkStore(
-                self._disk, shape, count, batch, capacity, wanted, tokens=tokens, interrupted=self._interrupted,
+                room -= count * batch * self.sparse.abstract_nbytes(shape, capacity, tokens)
+            kind = functools.partial(CodedStore, codecs=self.codecs, decode=self._decode) if self.codecs else ChunkStore
+            store = kind(
+                self._disk, shape, count, batch, capacity, room, tokens=tokens, interrupted=self._interrupted,
                 sparse=self.sparse,
             )  # fmt: skip
+            if asked is not None and self._below is None and store.nbytes > wanted:
+                self._notes.append(
+                    f"--kv-resident {asked} is raised to {format_size(store.nbytes)}, the smallest that works for this "
+                    "request"
+                )
+            if isinstance(store, CodedStore) and not store.codes:
+                self._notes.append(
+                    f"--kv-codec {self.codecs}: nothing is coded, for all keys and values stay in memory; give a "
+                    "smaller --kv-resident, or a codec for memory (ram=int8)"
+                )
+            return store
 
         def front(shape: KVShape, batch: int) -> int:
             """Tokens of each sequence that the device holds."""

@@ -79,7 +79,8 @@ class Model:
         """How keys and values are computed: stored ones are good for the same only."""
         config = self.engine.config
         sparse = f" sparse {config.kv_policy} {config.kv_budget}" if config.kv_budget is not None else ""
-        return str(self.engine.layout.dtype).removeprefix("torch.") + sparse
+        codecs = f" keys and values {self.engine.kv.codecs}" if self.engine.kv.codecs else ""
+        return str(self.engine.layout.dtype).removeprefix("torch.") + sparse + codecs
 
     def history(self, sessions: Sessions | None = None) -> History:
         """A sequence that goes on, to be given to `run`; with `sessions` what is computed is kept there."""
@@ -337,7 +338,11 @@ class Model:
         self, stats: RequestStats, clock: _Clock, prompt_tokens: int, began: float, before: list[LayerUse]
     ) -> None:
         stats.prompt_tokens = prompt_tokens
-        stats.exact = self.engine.kv.sparse is None
+        stats.kv_codec = str(self.engine.kv.codecs) if self.engine.kv.codecs else None
+        if self.engine.kv.sparse is not None:
+            stats.inexact += ("sparse attention",)
+        if stats.kv_codec is not None:
+            stats.inexact += (f"{stats.kv_codec} keys and values",)
         stats.total_s = time.perf_counter() - began
         stats.ttft_s = (clock.first or time.perf_counter()) - began
         stats.decode_s = clock.last - clock.first if clock.first else 0.0

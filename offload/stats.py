@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvstore import NO_LOSS, KVLoss
 from moe import LayerUse
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class StepStats:
     counted: int = 0
     kv_bytes_read: int = 0  # of `bytes_read`
     kv_bytes_written: int = 0  # keys and values that were spilled
+    kv_loss: KVLoss = NO_LOSS  # what coding them did
 
     def __add__(self, other: StepStats) -> StepStats:
         return StepStats(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))
@@ -62,8 +64,14 @@ class RequestStats:
     expert_bytes: tuple[int, ...] = ()  # of one expert of each of these layers
     prefill_pass_tokens: int = 0  # of the first pass over the prompt, all sequences together
     prediction: Prediction | None = None  # None where none is made: beam search, several batches in one call
-    exact: bool = True  # False: attention was sparse, or keys and values were coded with a loss
+    inexact: tuple[str, ...] = ()  # what was asked for that changes what the model says
+    kv_codec: str | None = None  # how keys and values were coded; None: as they are
     learned: str = ""  # what this run corrected for the next plan, and why
+
+    @property
+    def exact(self) -> bool:
+        """False: attention was sparse, or keys and values were coded with a loss."""
+        return not self.inexact
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -125,5 +133,5 @@ class RequestStats:
             parts.append(f"{100 * self.hit_rate:.0f}% found in memory")
         parts.append(f"{self.bottleneck}-bound")
         if not self.exact:
-            parts.append("not exact: sparse attention")
+            parts.append(f"not exact: {', '.join(self.inexact)}")
         return " · ".join(parts)

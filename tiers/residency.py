@@ -303,6 +303,10 @@ class Residency:
         """Whether the block's pool has a free slot: nothing would have to go for it."""
         return self.pool_of(key).free > 0
 
+    def room(self, pool: str) -> int:
+        """Free slots of the pool: nothing would have to go for so many blocks."""
+        return self._pools[pool][0].free
+
     def nbytes(self, key: str) -> int:
         """Bytes of the block's tensors."""
         return self._entries[key].block.nbytes

@@ -1,6 +1,7 @@
 """What decoding on the CPU spends its time with, in C, near the speed at which memory can be read, for a few tokens.
 
-`experts.c`, `linear.c` and `attention.c` are the calls, `dots.c` the products, `threads.c` the threads they share.
+`experts.c`, `linear.c`, `attention.c` and `codes.c` are the calls, `dots.c` the products, `threads.c` the threads they
+share.
 
 The library is compiled once, with the C compiler at hand, into the user's cache folder, and checked before each use.
 Where that cannot be done (no compiler, a cache that cannot be written or run from, another processor family's
@@ -31,12 +32,14 @@ import torch
 
 from tiers.folders import cache_folder
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("experts", "linear", "attention", "dots", "threads"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.c") for name in ("experts", "linear", "attention", "codes", "dots", "threads")
+)
 HEADER = Path(__file__).with_name("kernels.h")
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")  # of instructions, as numbered in the C files
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
-_ABI = 4
+_ABI = 5
 _COMPILE_S = 120
 _MAX_BYTES = 16 << 20
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -94,6 +97,8 @@ class Kernel:
         self._attention.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_float, *[ctypes.c_void_p] * 4]
         self._attend = library.offload_attend
         self._attend.argtypes = [*[ctypes.c_int] * 2, ctypes.c_void_p, *[ctypes.c_float] * 2, *[ctypes.c_void_p] * 5]
+        self._decode = library.offload_decode
+        self._decode.argtypes = [*[ctypes.c_int] * 2, *[ctypes.c_void_p] * 4]
         best = library.offload_level()
         self.level = LEVELS.index(level) if level is not None else best
         if self.level > best:
@@ -314,6 +319,28 @@ class Kernel:
         if failed:
             raise MemoryError("no memory for the queries of a layer")
         return True
+
+    def decode_kv(self, bits: int, group: int, raw: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """What `kvstore.codecs.Grouped.decode` does, bit for bit, for codes of so many bits in groups of `group`.
+
+        raw: uint8, all of a chunk's bytes and on the CPU. False if the kernel cannot do it (type, shape): nothing has
+        been written then. Releases the GIL.
+        """
+        kind = _TYPES.get(keys.dtype)
+        tensors = (raw, keys, values)
+        if kind is None or values.dtype is not keys.dtype or not all(t.is_cpu and t.is_contiguous() for t in tensors):
+            return False
+        if not keys.dim() == values.dim() == 3 or keys.shape[:2] != values.shape[:2] or raw.data_ptr() % 2:
+            return False
+        heads, tokens, width = keys.shape
+        out = values.size(2)
+        shared = 4 * heads * (-(-tokens // group) * width + tokens * -(-out // group))
+        if raw.numel() != shared + heads * tokens * sum(-(-n * bits // 8) for n in (width, out)):
+            return False
+        sizes = array("q", (kind, bits, group, heads, tokens, width, out))
+        threads = self.threads or torch.get_num_threads()
+        addresses = [t.data_ptr() for t in tensors]
+        return not self._decode(self.level, threads, sizes.buffer_info()[0], *addresses)
 
     def attend_chunks(
         self,

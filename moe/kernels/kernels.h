@@ -17,7 +17,7 @@
 #define PAUSE() ((void)0)
 #endif
 
-#define ABI 4          /* raised with every change to what Python calls */
+#define ABI 5          /* raised with every change to what Python calls */
 #define TOKENS 16      /* tokens computed from one reading of a block */
 #define MOST 4         /* rows computed together; rows of a block are a multiple of it */
 #define ROWS 64        /* most rows of a block */
