@@ -65,6 +65,7 @@ WARM, STEPS = 2, 8
 PIECE = 256  # tokens written at a time
 KEY_SCALE = 4.0  # scores then have a deviation of about 3: a few dozen tokens of 32K get most of the attention
 LEAST_COSINE = 0.998  # of logits over tiers and resident: bf16 sums in another order, nothing else
+DISK_SECONDS = 0.8  # of each measurement of the disk
 OVERHEAD = 900 << 20  # the process itself and temporaries
 
 
@@ -205,7 +206,7 @@ def _spill_file(engine: Any) -> Path:
 
 
 def _bandwidth(file: Path) -> float:
-    return disk.measure([file], seconds=0.8).sequential
+    return disk.measure([file], seconds=DISK_SECONDS).sequential
 
 
 def _transformers(folder: Path, config: dict[str, Any], given: dict[str, Any], tokens: list[int]) -> Ran:
