@@ -119,6 +119,8 @@ def token_nbytes(config: dict[str, Any]) -> int:
 
 def worker(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """One cell, in this process."""
+    import offload  # noqa: F401  (before torch: it says how threads wait)
+
     import numpy as np
     import torch
 
@@ -192,6 +194,7 @@ def _ours(folder: Path, config: dict[str, Any], given: dict[str, Any], tokens: l
             "kept_bytes": kept,
             "chunk_tokens": chunk if tiered is not None else None,
             "attended_share": sum(s.attended for s in sparse) / sum(s.held for s in sparse) if sparse else None,
+            "abstracts_bytes": sum(s.view.abstracts.nbytes for s in sparse if s.view.abstracts is not None),
             "bandwidth": statistics.mean(bandwidth) if bandwidth else None,
             "bandwidth_after": bandwidth[-1] if bandwidth else None,
             "fill_s": fill_s,
@@ -223,7 +226,7 @@ def _transformers(folder: Path, config: dict[str, Any], given: dict[str, Any], t
     fill_s = time.perf_counter() - began
     del held
     seconds, rows = fed(engine.step, tokens, lambda: None)
-    nothing = dict.fromkeys(("disk_rate", "chunk_tokens", "attended_share", "bandwidth", "bandwidth_after", "ram"))
+    nothing = dict.fromkeys(("disk_rate", "abstracts_bytes", "chunk_tokens", "attended_share", "bandwidth", "bandwidth_after", "ram"))
     kept = token_nbytes(config) * (given["context"] + len(tokens))
     return (
         {"kv_read_per_token": 0, "weights_read_per_token": 0, "stall_share": 0.0, "kept_bytes": kept, "fill_s": fill_s,
@@ -288,7 +291,8 @@ def run(args: argparse.Namespace, folder: Path, tmp: Path) -> list[dict[str, Any
     """All cells of all contexts and devices."""
     import numpy as np
 
-    env = {**worker_env(), "OFFLOAD_CACHE": str(tmp / "cache")}
+    # threads that spin while they wait cost factors on a busy machine; offload has them sleep, so may all cells
+    env = {**worker_env(), "OFFLOAD_CACHE": str(tmp / "cache"), "OMP_WAIT_POLICY": "passive"}
     config = json.loads((folder / "config.json").read_text())
     rows = []
     for context in args.contexts:
