@@ -89,8 +89,8 @@ def pieces(shape: tuple[int, int, int], context: int, seed: int = SEED) -> Itera
         yield [(piece[i, 0, :, :n], piece[i, 1, :, :n]) for i in range(layers)]
 
 
-def fed(step: Any, tokens: Sequence[int], note: Any) -> tuple[list[float], list[Any]]:
-    """(seconds of each step, logits [vocab] of each); `note()` is called after each."""
+def fed(step: Any, tokens: Sequence[int]) -> tuple[list[float], list[Any]]:
+    """(seconds of each step, logits [vocab] of each)."""
     import torch
 
     seconds, rows = [], []
@@ -101,7 +101,6 @@ def fed(step: Any, tokens: Sequence[int], note: Any) -> tuple[list[float], list[
             int(row.argmax())
         seconds.append(time.perf_counter() - began)
         rows.append(row.float().clone())
-        note()
     return seconds, rows
 
 
@@ -119,8 +118,6 @@ def token_nbytes(config: dict[str, Any]) -> int:
 
 def worker(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """One cell, in this process."""
-    import offload  # noqa: F401  (before torch: it says how threads wait)
-
     import numpy as np
     import torch
 
@@ -175,7 +172,7 @@ def _ours(folder: Path, config: dict[str, Any], given: dict[str, Any], tokens: l
             row: torch.Tensor = out.logits[0, -1]
             return row
 
-        seconds, rows = fed(step, tokens, lambda: None)
+        seconds, rows = fed(step, tokens)
         if spilled is not None:
             bandwidth.append(_bandwidth(spilled))
         done = engine.steps[-steps:]
@@ -225,12 +222,12 @@ def _transformers(folder: Path, config: dict[str, Any], given: dict[str, Any], t
             p[i] = None
     fill_s = time.perf_counter() - began
     del held
-    seconds, rows = fed(engine.step, tokens, lambda: None)
-    nothing = dict.fromkeys(("disk_rate", "abstracts_bytes", "chunk_tokens", "attended_share", "bandwidth", "bandwidth_after", "ram"))
+    seconds, rows = fed(engine.step, tokens)
+    unknown = ("disk_rate", "abstracts_bytes", "chunk_tokens", "attended_share", "bandwidth", "bandwidth_after", "ram")
     kept = token_nbytes(config) * (given["context"] + len(tokens))
     return (
         {"kv_read_per_token": 0, "weights_read_per_token": 0, "stall_share": 0.0, "kept_bytes": kept, "fill_s": fill_s,
-         **nothing},
+         **dict.fromkeys(unknown)},
         seconds, rows,
     )  # fmt: skip
 

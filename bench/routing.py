@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=160)
     parser.add_argument("--slots", type=int, default=96, help="expert slots (of 192)")
     parser.add_argument("--out", type=Path, default=RESULTS / "routing.json")
-    parser.add_argument("--guard-only", action="store_true", help="take the guard cases again, and replace them in --out")
+    parser.add_argument("--guard-only", action="store_true", help="take only the guard cases again, into --out")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker is not None:

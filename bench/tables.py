@@ -365,8 +365,8 @@ def _sparse(result: Result) -> str:
 
 def _long_context(result: Result) -> str:
     lines = [
-        "| tokens held | device | transformers, all in memory | all in memory | exact | of its floor | KV read | sparse "
-        "| of its floor | KV read | sparse over exact | peak memory: all / exact / sparse |",
+        "| tokens held | device | transformers, all in memory | all in memory | exact | of its floor | KV read "
+        "| sparse | of its floor | KV read | sparse over exact | peak memory: all / exact / sparse |",
         "|---" * 12 + "|",
     ]
     for row in result["rows"]:
@@ -390,8 +390,8 @@ def _long_context(result: Result) -> str:
     if exact:
         equal, of = (sum(c["likeness"][k] for c in exact) for k in ("equal", "positions"))
         same = (
-            f" Exact over tiers chose the token that it chooses with all in memory at {equal} of {of} places (where not, "
-            f"one at most {max(c['likeness']['worst_ulps'] for c in exact):.0f} ulp less likely). Disk "
+            f" Exact over tiers chose the token that it chooses with all in memory at {equal} of {of} places (where "
+            f"not, one at most {max(c['likeness']['worst_ulps'] for c in exact):.0f} ulp less likely). Disk "
             f"{sum(c['bandwidth'] for c in exact) / len(exact) / 1e9:.2f} GB/s."
         )
     told = result["transformers_offloaded_cache"]
@@ -403,8 +403,8 @@ def _long_context(result: Result) -> str:
         *lines, "",
         f"Per token; exact and sparse: {100 * result['share']:g} % of keys and values in memory; sparse: each token "
         f"attends to {result['budget']} of those before it, chosen by `{result['policy']}`. "
-        f"{result['weight_bytes'] / GIB:.2f} GiB of random weights, all in memory, {result['kv_bytes_per_token'] >> 10} "
-        f"KiB of KV per token; KV: {result['kv']}. Floor: the larger of reading what must be read at the disk's "
+        f"{result['weight_bytes'] / GIB:.2f} GiB of random weights, all in memory, "
+        f"{result['kv_bytes_per_token'] >> 10} KiB of KV per token; KV: {result['kv']}. Floor: the larger of reading what must be read at the disk's "
         f"bandwidth and the same with all in memory. Medians of {result['steps']} tokens and {result['rounds']} rounds."
         f"{same}{peer} {emulated}Load average {result['load_average_before']:.2f}. {_machine(result['machine'])}, "
         f"{result['date'].split()[0]}.",
@@ -414,7 +414,9 @@ def _long_context(result: Result) -> str:
 def _resume(result: Result) -> str:
     s = result["summary"]
     same = "the same first token" if s["same_token"] else "NOT the same first token"
-    cold = "with the page cache dropped" if result["caches_dropped"] == "all" else f"dropped: {result['caches_dropped']}"
+    cold = (
+        "with the page cache dropped" if result["caches_dropped"] == "all" else f"dropped: {result['caches_dropped']}"
+    )
     return "\n".join([
         "| first token of a prompt | seconds |",
         "|---|---|",
@@ -424,8 +426,8 @@ def _resume(result: Result) -> str:
         "",
         f"{_times(s['ratio'])} sooner (target {result['target']:g}×), {same}. {result['tokens']} tokens, "
         f"{result['model']}; {result['file_bytes'] / GIB:.2f} GiB in {result['files']} files, {cold}; medians of "
-        f"{result['reps']} each. Of a resume {s['read_s']:.2f} s are reading, checking and copying, {s['last_pass_s']:.2f} "
-        f"s the pass over the last token; reading the same bytes at the disk's {s['bandwidth'] / 1e9:.2f} GB/s takes "
+        f"{result['reps']} each. Of a resume {s['read_s']:.2f} s are reading, checking and copying, "
+        f"{s['last_pass_s']:.2f} s the pass over the last token; reading the same bytes at the disk's {s['bandwidth'] / 1e9:.2f} GB/s takes "
         f"{s['floor_s']:.2f} s, {100 * s['share_of_reading']:.0f} % of it. Load average "
         f"{result['load_average_before']:.2f}. {_machine(result['machine'])}, {result['date'].split()[0]}.",
     ])  # fmt: skip
