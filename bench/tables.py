@@ -404,7 +404,8 @@ def _long_context(result: Result) -> str:
         f"Per token; exact and sparse: {100 * result['share']:g} % of keys and values in memory; sparse: each token "
         f"attends to {result['budget']} of those before it, chosen by `{result['policy']}`. "
         f"{result['weight_bytes'] / GIB:.2f} GiB of random weights, all in memory, "
-        f"{result['kv_bytes_per_token'] >> 10} KiB of KV per token; KV: {result['kv']}. Floor: the larger of reading what must be read at the disk's "
+        f"{result['kv_bytes_per_token'] >> 10} KiB of KV per token; KV: {result['kv']}. "
+        f"Floor: the larger of reading what must be read at the disk's "
         f"bandwidth and the same with all in memory. Medians of {result['steps']} tokens and {result['rounds']} rounds."
         f"{same}{peer} {emulated}Load average {result['load_average_before']:.2f}. {_machine(result['machine'])}, "
         f"{result['date'].split()[0]}.",
@@ -427,7 +428,8 @@ def _resume(result: Result) -> str:
         f"{_times(s['ratio'])} sooner (target {result['target']:g}×), {same}. {result['tokens']} tokens, "
         f"{result['model']}; {result['file_bytes'] / GIB:.2f} GiB in {result['files']} files, {cold}; medians of "
         f"{result['reps']} each. Of a resume {s['read_s']:.2f} s are reading, checking and copying, "
-        f"{s['last_pass_s']:.2f} s the pass over the last token; reading the same bytes at the disk's {s['bandwidth'] / 1e9:.2f} GB/s takes "
+        f"{s['last_pass_s']:.2f} s the pass over the last token; "
+        f"reading the same bytes at the disk's {s['bandwidth'] / 1e9:.2f} GB/s takes "
         f"{s['floor_s']:.2f} s, {100 * s['share_of_reading']:.0f} % of it. Load average "
         f"{result['load_average_before']:.2f}. {_machine(result['machine'])}, {result['date'].split()[0]}.",
     ])  # fmt: skip
