@@ -124,6 +124,12 @@ SPECS = {
             "num_attention_heads": 16, "num_key_value_heads": 4, "num_experts": 32, "num_experts_per_tok": 4,
             "vocab_size": 4096,
         }),
+        # little weight and much KV: 64 KiB a token, 2 GiB at 32K
+        Spec("llama-long", "1.5GiB", 16, 3 * GIB // 2, {
+            **_LLAMA, "hidden_size": 1536, "num_hidden_layers": 16, "intermediate_size": 2048,
+            "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 4096,
+            "max_position_embeddings": 40960,
+        }),
         Spec("llama-3b-small", "1GiB", 6, 1 << 20, {
             **_LLAMA, "hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512,
             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,

@@ -82,7 +82,8 @@ def _read(places: Iterator[tuple[int, int]], seconds: float, depth: int, request
     errors: list[OSError] = []
 
     # large pages, touched before: what blocks are read into in use; with small ones a virtual disk gives a third
-    pages = mmap.mmap(-1, max(BUFFERS, depth * request))
+    # (private ones: memory that could be shared gets large pages only where the system is set so)
+    pages = mmap.mmap(-1, max(BUFFERS, depth * request), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     for at in range(0, len(pages), mmap.PAGESIZE):
         pages[at] = 0

@@ -161,17 +161,21 @@ def adversaries(folder: Path, new: int) -> dict[str, Path]:
     return paths
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, default=default_scratch())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=160)
     parser.add_argument("--slots", type=int, default=96, help="expert slots (of 192)")
     parser.add_argument("--out", type=Path, default=RESULTS / "routing.json")
+    parser.add_argument("--guard-only", action="store_true", help="take only the guard cases again, into --out")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker is not None:
         print(json.dumps(_work(args.worker)))
+        return 0
+    if args.guard_only:
+        guard_again(args)
         return 0
     load = load_average()
     folder = checkpoints.make(checkpoints.SPECS[MODEL], args.scratch)
@@ -205,26 +209,56 @@ def main() -> int:
                     f"{done[-1]['tokens_per_s']:.2f} tokens/s, hit {100 * done[-1]['hit']:.0f} %")  # fmt: skip
         table = [{**row, **medians(done)} for row, done in zip(rows, runs, strict=True)]
         bound = in_process(SCRIPT, env, "counted", tmp / "judge.npz", args.slots, args.new_tokens)
-        guard = {}
-        for name, path in adversaries(tmp, args.new_tokens).items():
-            for policy in ("lru", "router"):
-                ratios = []
-                for n in range(args.rounds + 2):
-                    pair = {}
-                    for q in ("none", "gate") if n % 2 else ("gate", "none"):
-                        options = {**base, "expert_policy": policy, "expert_predictor": q}
-                        pair[q] = in_process(SCRIPT, env, "decode", folder, path, json.dumps(options))["tokens_per_s"]
-                    ratios.append(pair["none"] / pair["gate"] - 1)
-                guard[f"{name}, {policy}"] = {"slower": statistics.median(ratios), "pairs": sorted(ratios)}
-                say(f"{name}, {policy}: {100 * guard[f'{name}, {policy}']['slower']:+.1f} % slower with prediction")
+        guard = guard_cases(folder, tmp, env, args)
     write_json(args.out, {
         "kind": "routing", "name": "routing", "date": today(), "machine": machine(), "load_average_before": load,
         "rounds": args.rounds, "slots": args.slots, "experts": 192, "new_tokens": args.new_tokens,
         "checkpoint": checkpoints.SPECS[MODEL].config, "foreseen": foreseen, "ahead": deep, "rows": table,
         "counted": bound,
-        "guard": {"limit": LIMIT, "cases": guard},
+        "guard": guard,
     })  # fmt: skip
     return 0
+
+
+def guard_cases(folder: Path, tmp: Path, env: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
+    """How much slower useless predictions make decoding, case by case."""
+    cases = {}
+    for name, path in adversaries(tmp, args.new_tokens).items():
+        for policy in ("lru", "router"):
+            ratios = []
+            for n in range(args.rounds + 2):
+                pair = {}
+                for q in ("none", "gate") if n % 2 else ("gate", "none"):
+                    options = {
+                        "slots": args.slots, "new": args.new_tokens, "expert_policy": policy, "expert_predictor": q
+                    }  # fmt: skip
+                    pair[q] = in_process(SCRIPT, env, "decode", folder, path, json.dumps(options))["tokens_per_s"]
+                ratios.append(pair["none"] / pair["gate"] - 1)
+            cases[f"{name}, {policy}"] = {"slower": statistics.median(ratios), "pairs": sorted(ratios)}
+            say(f"{name}, {policy}: {100 * cases[f'{name}, {policy}']['slower']:+.1f} % slower with prediction")
+    return {"limit": LIMIT, "cases": cases}
+
+
+def guard_again(args: argparse.Namespace) -> None:
+    """Take only the guard cases, and put them into the result there is, with their own date and load average."""
+    load = load_average()
+    try:
+        result = json.loads(args.out.read_text())
+    except (OSError, ValueError) as e:
+        raise BenchError(f"--guard-only replaces a part of {args.out}, which cannot be read: {e}") from None
+    if result.get("kind") != "routing":
+        raise BenchError(f"--guard-only: {args.out} is no result of this script")
+    for name, now in (("slots", args.slots), ("new_tokens", args.new_tokens)):
+        if result[name] != now:
+            raise BenchError(f"--guard-only: {args.out} was measured with {name} {result[name]}, not {now}")
+    folder = checkpoints.make(checkpoints.SPECS[MODEL], args.scratch)
+    with tempfile.TemporaryDirectory(prefix="offload-bench-") as scratch:
+        env = {**worker_env(), "OFFLOAD_CACHE": str(Path(scratch) / "cache")}
+        guard = guard_cases(folder, Path(scratch), env, args)
+    result["guard"] = {
+        **guard, "date": today(), "load_average_before": load, "machine": machine(), "rounds": args.rounds
+    }  # fmt: skip
+    write_json(args.out, result)
 
 
 def _work(words: list[str]) -> dict[str, Any]:

@@ -210,6 +210,10 @@ def _routing(result: Result) -> str:
         f"{n} ahead {100 * a['router']:.0f} and {100 * a['corrected']:.0f} %" for n, a in enumerate(result["ahead"], 1)
     )
     guard = "; ".join(f"{name}: {100 * c['slower']:+.1f} %" for name, c in result["guard"]["cases"].items())
+    again = ""
+    if "date" in result["guard"]:
+        taken = result["guard"]
+        again = f" (taken on {taken['date'].split()[0]}, load average {taken['load_average_before']:.2f})"
     config = result["checkpoint"]
     return "\n".join([
         *lines, "",
@@ -223,7 +227,7 @@ def _routing(result: Result) -> str:
         f"Foreseen one layer ahead (bundled model, all layers but the first): {foreseen}. Over the last passes, with "
         f"as many guesses as experts, router alone and corrected: {deep}.",
         "",
-        f"Useless predictions (limit {100 * result['guard']['limit']:.0f} %), slower than without: {guard}.",
+        f"Useless predictions (limit {100 * result['guard']['limit']:.0f} %), slower than without: {guard}{again}.",
         "",
         f"{config['num_hidden_layers']} layers × {config['num_experts']} experts of {size / 1e6:.1f} MB, top "
         f"{config['num_experts_per_tok']}, {result['slots']} of {result['experts']} in memory; routing of the bundled "
@@ -359,6 +363,78 @@ def _sparse(result: Result) -> str:
     ])  # fmt: skip
 
 
+def _long_context(result: Result) -> str:
+    lines = [
+        "| tokens held | device | transformers, all in memory | all in memory | exact | of its floor | KV read "
+        "| sparse | of its floor | KV read | sparse over exact | peak memory: all / exact / sparse |",
+        "|---" * 12 + "|",
+    ]
+    for row in result["rows"]:
+        cells, floors = row["cells"], row["floors"]
+
+        def read(name: str, cells: Result = cells, floors: Result = floors) -> list[str]:
+            if name not in cells:
+                return ["–"] * 3
+            share = f"{100 * floors[name]['share']:.0f} % ({floors[name]['bound']})" if name in floors else "–"
+            return [f"{cells[name]['ms']:.0f} ms", share, f"{cells[name]['kv_read_per_token'] / 1e6:.0f} MB"]
+
+        held = [f"{cells[c]['ms']:.0f} ms" if c in cells else "–" for c in ("transformers", "resident")]
+        peaks = [
+            f"{cells[c]['peak_rss_bytes'] / GIB:.2f}" if c in cells else "–" for c in ("resident", "exact", "sparse")
+        ]
+        faster = _times(row["sparse_over_exact"]) if "sparse_over_exact" in row else "–"
+        cols = [str(row["context"]), row["device"], *held, *read("exact"), *read("sparse"), faster]
+        lines.append(f"| {' | '.join(cols)} | {' / '.join(peaks)} GiB |")
+    exact = [r["cells"]["exact"] for r in result["rows"] if "exact" in r["cells"]]
+    same = ""
+    if exact:
+        equal, of = (sum(c["likeness"][k] for c in exact) for k in ("equal", "positions"))
+        same = (
+            f" Exact over tiers chose the token that it chooses with all in memory at {equal} of {of} places (where "
+            f"not, one at most {max(c['likeness']['worst_ulps'] for c in exact):.0f} ulp less likely). Disk "
+            f"{sum(c['bandwidth'] for c in exact) / len(exact) / 1e9:.2f} GB/s."
+        )
+    told = result["transformers_offloaded_cache"]
+    peer = f" transformers' own offloaded cache (`DynamicCache(offloading=True)`) {told}." if told else ""
+    emulated = "The device is *emulated*: it computes on the same cores as the CPU. " * any(
+        r["device"] == "emulated" for r in result["rows"]
+    )
+    return "\n".join([
+        *lines, "",
+        f"Per token; exact and sparse: {100 * result['share']:g} % of keys and values in memory; sparse: each token "
+        f"attends to {result['budget']} of those before it, chosen by `{result['policy']}`. "
+        f"{result['weight_bytes'] / GIB:.2f} GiB of random weights, all in memory, "
+        f"{result['kv_bytes_per_token'] >> 10} KiB of KV per token; KV: {result['kv']}. "
+        f"Floor: the larger of reading what must be read at the disk's "
+        f"bandwidth and the same with all in memory. Medians of {result['steps']} tokens and {result['rounds']} rounds."
+        f"{same}{peer} {emulated}Load average {result['load_average_before']:.2f}. {_machine(result['machine'])}, "
+        f"{result['date'].split()[0]}.",
+    ])  # fmt: skip
+
+
+def _resume(result: Result) -> str:
+    s = result["summary"]
+    same = "the same first token" if s["same_token"] else "NOT the same first token"
+    cold = (
+        "with the page cache dropped" if result["caches_dropped"] == "all" else f"dropped: {result['caches_dropped']}"
+    )
+    return "\n".join([
+        "| first token of a prompt | seconds |",
+        "|---|---|",
+        f"| computed | {s['prefill_ttft_s']:.2f} |",
+        f"| computed, and stored as a session | {s['storing_ttft_s']:.2f} |",
+        f"| **resumed from disk in a new process** | **{s['resume_ttft_s']:.2f}** |",
+        "",
+        f"{_times(s['ratio'])} sooner (target {result['target']:g}×), {same}. {result['tokens']} tokens, "
+        f"{result['model']}; {result['file_bytes'] / GIB:.2f} GiB in {result['files']} files, {cold}; medians of "
+        f"{result['reps']} each. Of a resume {s['read_s']:.2f} s are reading, checking and copying, "
+        f"{s['last_pass_s']:.2f} s the pass over the last token; "
+        f"reading the same bytes at the disk's {s['bandwidth'] / 1e9:.2f} GB/s takes "
+        f"{s['floor_s']:.2f} s, {100 * s['share_of_reading']:.0f} % of it. Load average "
+        f"{result['load_average_before']:.2f}. {_machine(result['machine'])}, {result['date'].split()[0]}.",
+    ])  # fmt: skip
+
+
 def _machine(m: Result) -> str:
     return (
         f"{m['cpu']}, {m['cores']} cores, {m['ram_bytes'] / GIB:.0f} GiB RAM, Linux {m['kernel'].split('-')[0]}, "
@@ -386,6 +462,8 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "routing": _routing,
     "hybrid": _hybrid,
     "sparse": _sparse,
+    "long-context": _long_context,
+    "resume": _resume,
 }
 
 
