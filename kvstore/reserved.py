@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvstore.tiered import TieredLayer
 from kvstore.windows import WindowLayer
 
 
@@ -76,19 +75,3 @@ def _ours(layer: Any, capacity: int) -> Any:
     if type(layer) is DynamicSlidingWindowLayer:
         return WindowLayer(layer.sliding_window)
     return ReservedLayer(capacity) if type(layer) is DynamicLayer else layer
-
-
-def rollback(cache: Cache, length: int) -> bool:
-    """Take `cache` back to its first `length` tokens, layer by layer (an interrupted pass leaves them uneven).
-
-    False if a layer cannot go back: recurrent states and sliding windows forget; the cache is then of no use.
-    """
-    uneven = [layer for layer in cache.layers if layer.get_seq_length() != length]
-    if not uneven:
-        return True
-    kinds = (ReservedLayer, TieredLayer)
-    if any(type(layer) not in kinds or layer.get_seq_length() < length for layer in cache.layers):
-        return False
-    for layer in uneven:
-        layer.crop(length - layer.get_seq_length())
-    return True

@@ -90,11 +90,35 @@ def put_states(cache: Cache, given: Mapping[str, torch.Tensor], device: torch.de
         layer.has_previous_state[int(i)] = True
 
 
-class Snapshot:
-    """What the bounded layers of a cache are after `length` tokens; the others are simply cut back to that."""
+def spoil(cache: Cache) -> None:
+    """A pass was cut short: recurrent states may be a pass ahead of the tokens, and nobody can tell."""
+    cache.offload_spoiled = True
 
-    def __init__(self, cache: Cache) -> None:
-        self.length = cache.get_seq_length()
+
+def rollback(cache: Cache, length: int) -> bool:
+    """Take `cache` back to its first `length` tokens, layer by layer (an interrupted pass leaves them uneven).
+
+    False if a layer cannot go back: recurrent states and sliding windows forget; the cache is then of no use.
+    """
+    keeps = [layer for layer in cache.layers if hasattr(layer, "get_seq_length")]
+    if has_states(cache) and getattr(cache, "offload_spoiled", False):
+        return False
+    uneven = [layer for layer in keeps if layer.get_seq_length() != length]
+    if not uneven:
+        return True
+    croppable = all(type(layer) in (ReservedLayer, TieredLayer) for layer in cache.layers)
+    if not croppable or any(layer.get_seq_length() < length for layer in keeps):
+        return False
+    for layer in uneven:
+        layer.crop(length - layer.get_seq_length())
+    return True
+
+
+class Snapshot:
+    """What the bounded layers of a cache are after `length` tokens, all it holds; others are cut back to that."""
+
+    def __init__(self, cache: Cache, length: int) -> None:
+        self.length = length
         self._bounded = {n: copy.deepcopy(y) for n, y in enumerate(cache.layers) if _bounded(y)}
 
     @staticmethod

@@ -38,7 +38,7 @@ from tiers import (
 )
 
 WRITERS = 2  # writes in flight: the disk's queue is for reads
-RING = 8  # slots that chunks pass through: as many reads in flight as a disk needs
+RING = 16  # slots that chunks pass through: as many reads in flight as a disk needs
 LEAST_RING = 2  # one being attended to, one on its way
 SPARSE_TOKENS = ((16, 4096), (32, 16384), (64, 1 << 62))  # of a chunk, for sequences up to
 SHORTEST = 8 * LEAST_TOKENS  # tokens of sequences that run together: shorter ones are mostly chunks being filled
@@ -160,6 +160,7 @@ class ChunkStore:
         tails = layers * batch
         whole = tails * -(-capacity // self.tokens)
         ring = 0 if self.slots >= whole else min(RING, max(LEAST_RING, (self.slots - tails) // 2))
+        self._passes = ring > 0
         self._run = max(1, ring // 2) if ring else _RUN
         stay = max(0, self.slots - tails - ring)
         if self.sparse is not None:
@@ -203,6 +204,11 @@ class ChunkStore:
     def _fitting(self, shape: KVShape) -> int:
         """Tokens of a layer's chunks, so that one fits its slot."""
         return min(self.tokens, self.slot_nbytes // shape.token_nbytes)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether nothing ever has to come from disk."""
+        return not self._passes
 
     def shape_of(self, layer: int) -> KVShape:
         """What the layer keeps of a token. Raises `KeyError` for one that keeps nothing yet."""

@@ -258,6 +258,8 @@ def _attend_past(
 
 def later(cache: TieredCache, layer: TieredLayer, row: int) -> Iterator[Chunk]:
     """What attention will read after this sequence of this layer, around to the next step's first layer."""
+    if cache.store.holds_all:
+        return
     yield from layer.passing(row + 1)
     n = len(cache.tiered)
     for i in range(1, n):

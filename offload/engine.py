@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from kvstore import TieredCache
+from kvstore import TieredCache, spoil
 from moe import LayerExperts, grouped, kernels
 from offload import graphs, hardware, hf, launches, native
 from offload.binding import Binder
@@ -247,6 +247,8 @@ class Engine:
                     self.kv.attention.cache = None  # whose memory is its owner's to give back
                 if not finished:
                     self._memory.restart()
+                    if cache is not None:
+                        spoil(cache)
                 stats.seconds = time.perf_counter() - began
                 for name, value in self._memory.books().items():
                     setattr(stats, name, value - before[name])

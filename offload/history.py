@@ -83,7 +83,7 @@ class History:
         if self.store is not None:
             self._write(len(self.tokens))
         if Snapshot.needed(self.cache):
-            self._snapshots = [*self._snapshots[1 - _SNAPSHOTS :], Snapshot(self.cache)]
+            self._snapshots = [*self._snapshots[1 - _SNAPSHOTS :], Snapshot(self.cache, len(self.tokens))]
 
     def forget(self) -> None:
         """Nothing is held any more; what is on disk stays there."""
