@@ -31,7 +31,9 @@ import torch
 
 from tiers.folders import cache_folder
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("experts", "linear", "attention", "codes", "dots", "threads"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.c") for name in ("experts", "linear", "attention", "codes", "dots", "threads")
+)
 HEADER = Path(__file__).with_name("kernels.h")
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")  # of instructions, as numbered in the C files
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
@@ -455,7 +457,32 @@ def _correct(kernel: Kernel) -> bool:
         for a, b in ((out, want), (product, wanted), (attended, wanted_too)):
             if a is None or not (a.double() - b).abs().max() <= tolerance * b.abs().max():
                 return False
+        if not all(_decodes(kernel, bits, dtype) for bits in (8, 4)):
+            return False
     return True
+
+
+def _decodes(kernel: Kernel, bits: int, dtype: torch.dtype) -> bool:
+    """Whether 5 tokens of 2 heads, in groups of 2, come out of their codes to the bit."""
+    heads, tokens, group, widths = 2, 5, 2, (7, 3)
+    shared, codes, wanted = [], [], []
+    for along, width in enumerate(widths):
+        shape = (heads, 3, width) if along == 0 else (heads, tokens, 2)
+        low, step = ((torch.arange(torch.Size(shape).numel()).view(shape) * n % 13 / 7 - m).half()
+                     for n, m in ((5, 1.0), (3, 0.0)))  # fmt: skip
+        code = (torch.arange(heads * tokens * width).view(heads, tokens, width) * 29 % 2**bits).byte()
+        half = (width + 1) // 2
+        packed = code
+        if bits == 4:
+            packed = code[..., :half].clone()
+            packed[..., : width - half] |= code[..., half:] << 4
+        lows, steps = (t.float().repeat_interleave(group, along + 1) for t in (low, step))
+        wanted.append((code.float() * steps[:, :tokens, :width] + lows[:, :tokens, :width]).to(dtype))
+        shared += [low.view(torch.uint8).flatten(), step.view(torch.uint8).flatten()]
+        codes.append(packed.flatten())
+    got = [torch.zeros_like(x) for x in wanted]
+    done = kernel.decode_kv(bits, group, torch.cat([*shared, *codes]), *got)
+    return done and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def _attended(kernel: Kernel, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
