@@ -1,6 +1,6 @@
 """What decoding on the CPU spends its time with, in C, near the speed at which memory can be read, for a few tokens.
 
-`experts.c`, `linear.c`, `attention.c` and `codes.c` are the calls, `dots.c` the products, `threads.c` the threads they share.
+`experts.c`, `linear.c`, `attention.c` and `codes.c` are the calls, `dots.c` the products, `threads.c` their threads.
 
 The library is compiled once, with the C compiler at hand, into the user's cache folder, and checked before each use.
 Where that cannot be done (no compiler, a cache that cannot be written or run from, another processor family's
