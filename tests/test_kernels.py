@@ -896,11 +896,13 @@ def test_wrong_results_are_found_at_once(kernel: Kernel, tmp_path: Path, monkeyp
     monkeypatch.setattr(kernels, "HEADER", Path(copies[-1]))
     for name, right, wrong in (
         ("dots.c", "g / (1.0f + exponential(-z))", "g / (1.1f + exponential(-z))"),
-        ("kernels.h", "#define ABI 4 ", "#define ABI 9 "),
+        ("kernels.h", "#define ABI 5 ", "#define ABI 9 "),
         ("linear.c", "+ row * j->size : NULL", ": NULL"),
         ("attention.c", "shrink = expf(before - s->largest[g])", "shrink = 1"),
         ("attention.c", "m[i] /= s.total[g]", "m[i] /= 1"),
         ("attention.c", "next == part ? 0 : next[3]);", "0), i++;"),
+        ("codes.c", "codes[c - half] >> 4", "codes[c - half] >> 3"),
+        ("codes.c", "* step[c] + low[c]);", "* step[c]);"),
         ("dots.c", "s[r] = cap * (", "s[r] = 2 * ("),
     ):
         source = tmp_path / name

@@ -22,7 +22,7 @@ from kvstore.cold import MOST_CODED
 from moe import kernels
 from offload.config import RunConfig
 from offload.model import Model
-from tiers import DirectReader, TransferQueue, UsageError, page_up
+from tiers import DirectReader, OffloadError, TransferQueue, UsageError, page_up
 
 TOKENS = 64  # of a chunk
 SHAPE = KVShape(2, 64, 64, torch.float32)
@@ -295,6 +295,28 @@ def test_sequences_that_grow_are_cut_and_fork(disk: KVDisk, codecs: str, residen
             assert off(held(store, row), known) <= worst
     store.close()
     assert disk.file.used == 0
+
+
+def test_more_fits_on_the_same_disk(tmp_path: Path) -> None:
+    """And where it is full, that is one error; what was there can still be read, and all of it is given back."""
+    for codecs, fits in (("none", 9), ("int8", 30)):
+        reader = DirectReader([])
+        queue = TransferQueue(reader, 2)
+        disk = KVDisk(tmp_path / "spill", 10 * SLOT, reader, queue)
+        store = made(disk, codecs)
+        row = store.new_list(0, SHAPE)
+        given = numbers(8, 40 * TOKENS)
+        row.append(*(x[:, : fits * TOKENS] for x in given))
+        with pytest.raises(OffloadError, match="--disk"):
+            row.append(*(x[:, fits * TOKENS :] for x in given))
+        assert off(held(store, row), tuple(x[:, : row.length] for x in given)) <= STEP["int8"]  # type: ignore[arg-type]
+        row.crop(fits * TOKENS - 3)
+        sound(store, disk, row)
+        store.close()
+        assert disk.file.used == 0
+        queue.close()
+        disk.close()
+        reader.close()
 
 
 # models

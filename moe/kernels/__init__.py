@@ -1,7 +1,6 @@
 """What decoding on the CPU spends its time with, in C, near the speed at which memory can be read, for a few tokens.
 
-`experts.c`, `linear.c`, `attention.c` and `codes.c` are the calls, `dots.c` the products, `threads.c` the threads they
-share.
+`experts.c`, `linear.c`, `attention.c` and `codes.c` are the calls, `dots.c` the products, `threads.c` their threads.
 
 The library is compiled once, with the C compiler at hand, into the user's cache folder, and checked before each use.
 Where that cannot be done (no compiler, a cache that cannot be written or run from, another processor family's
@@ -458,7 +457,32 @@ def _correct(kernel: Kernel) -> bool:
         for a, b in ((out, want), (product, wanted), (attended, wanted_too)):
             if a is None or not (a.double() - b).abs().max() <= tolerance * b.abs().max():
                 return False
+        if not all(_decodes(kernel, bits, dtype) for bits in (8, 4)):
+            return False
     return True
+
+
+def _decodes(kernel: Kernel, bits: int, dtype: torch.dtype) -> bool:
+    """Whether 5 tokens of 2 heads, in groups of 2, come out of their codes to the bit."""
+    heads, tokens, group, widths = 2, 5, 2, (7, 3)
+    shared, codes, wanted = [], [], []
+    for along, width in enumerate(widths):
+        shape = (heads, 3, width) if along == 0 else (heads, tokens, 2)
+        low, step = ((torch.arange(torch.Size(shape).numel()).view(shape) * n % 13 / 7 - m).half()
+                     for n, m in ((5, 1.0), (3, 0.0)))  # fmt: skip
+        code = (torch.arange(heads * tokens * width).view(heads, tokens, width) * 29 % 2**bits).byte()
+        half = (width + 1) // 2
+        packed = code
+        if bits == 4:
+            packed = code[..., :half].clone()
+            packed[..., : width - half] |= code[..., half:] << 4
+        lows, steps = (t.float().repeat_interleave(group, along + 1) for t in (low, step))
+        wanted.append((code.float() * steps[:, :tokens, :width] + lows[:, :tokens, :width]).to(dtype))
+        shared += [low.view(torch.uint8).flatten(), step.view(torch.uint8).flatten()]
+        codes.append(packed.flatten())
+    got = [torch.zeros_like(x) for x in wanted]
+    done = kernel.decode_kv(bits, group, torch.cat([*shared, *codes]), *got)
+    return done and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def _attended(kernel: Kernel, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

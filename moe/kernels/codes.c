@@ -3,6 +3,10 @@
  * A key's low and step (float16) are its channel's, for a group of tokens; a value's are its token's, for a group of
  * channels. Product and sum are rounded one after the other, as torch does, whatever the level.
  */
+#ifndef __x86_64__
+#pragma STDC FP_CONTRACT OFF
+#pragma GCC optimize("fp-contract=off") /* for compilers that do not know the line above */
+#endif
 #include "kernels.h"
 
 #define WAKES (1 << 17) /* elements below which waking other threads takes longer than they save */
