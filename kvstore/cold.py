@@ -120,7 +120,7 @@ class CodedStore(ChunkStore):
         if self.sparse is not None and stay < whole - tails:
             # what is chosen changes: whatever was not chosen for longest makes way
             stay, ring = 0, min(whole, max(LEAST_RING, (left - scratch * raw) // passing))
-        self._run = scratch
+        self._run, self._passes = scratch, True  # through scratch, if not through a ring
         self.slots = tails + scratch + (0 if ram is not None else stay) + (0 if down is not None else ring)
         pools = [(POOL, raw, self.slots, self._policy)]
         if ram is not None:

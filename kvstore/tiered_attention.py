@@ -258,7 +258,7 @@ def _attend_past(
 
 def later(cache: TieredCache, layer: TieredLayer, row: int) -> Iterator[Chunk]:
     """What attention will read after this sequence of this layer, around to the next step's first layer."""
-    if cache.store.holds_all:
+    if cache.store.holds_all:  # nothing is ever fetched
         return
     yield from layer.passing(row + 1)
     n = len(cache.tiered)

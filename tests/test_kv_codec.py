@@ -19,6 +19,7 @@ from kvstore import ChunkStore, CodedStore, KVCodecs, KVDisk, KVShape
 from kvstore.chunks import ChunkList
 from kvstore.codecs import GROUP, ChunkShape, Grouped
 from kvstore.cold import MOST_CODED
+from kvstore.store import RING
 from moe import kernels
 from offload.config import RunConfig
 from offload.model import Model
@@ -178,7 +179,7 @@ def test_all_slots_together_stay_within_what_was_asked(disk: KVDisk, codecs: str
     store = made(disk, codecs, layers=layers, batch=batch, chunks=chunks, resident=asked)
     assert store.nbytes <= max(asked, smallest)
     if asked > smallest:  # and little of it lies idle, unless all is there
-        assert sum(store._may_stay) >= min(layers * batch * (chunks - 1), (asked - smallest) // SLOT - 6)
+        assert sum(store._may_stay) >= min(layers * batch * (chunks - 1), (asked - smallest) // SLOT - (RING + 4) // 2)
     if codecs.startswith("ram=") and asked > smallest + 8 * SLOT:
         plain = made(disk, "none", layers=layers, batch=batch, chunks=chunks, resident=asked)
         if plain.slots < layers * batch * chunks - 12:
