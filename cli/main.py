@@ -70,7 +70,7 @@ def _loading() -> _Parser:
         help="code keys and values that leave memory, not exact; those that stay, too: ram=int8,disk=int4",
     )
     run.add_argument("--spill-dir", metavar="DIR", help="where they are written (default: the cache folder)")
-    run.add_argument("--disk", metavar="SIZE", help="most bytes written there (default: no limit)")
+    run.add_argument("--disk", metavar="SIZE", help="most bytes written there, and kept of sessions")
     run.add_argument("--threads", type=_whole, metavar="N", help="compute threads (default: all cores)")
     run.add_argument("--link", default="8GB", metavar="RATE", help="rate of an emulated device's link (default: 8GB/s)")
     run.add_argument("--graphs", action="store_true", help="decode with CUDA graphs where weights stay on the device")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from offload.planning.explain import explain
 from offload.planning.placement import Plan
 from offload.planning.predict import Workload
 from offload.sampling import Sampling
+from offload.sizes import parse_size
 from offload.stats import RequestStats
 from tiers import DamagedError, Interrupted, ModelError, UsageError
 from tiers import memory as mem
@@ -84,7 +86,11 @@ class Model:
 
     def history(self, sessions: Sessions | None = None) -> History:
         """A sequence that goes on, to be given to `run`; with `sessions` what is computed is kept there."""
-        store = sessions.prefixes(self.fingerprint, self.arithmetic) if sessions is not None else None
+        store = None
+        if sessions is not None:
+            disk = self.engine.config.disk
+            limit = parse_size(disk, flag="--disk") if disk is not None else _room(sessions.folder)
+            store = sessions.prefixes(self.fingerprint, self.arithmetic, limit=limit)
         return History(self.engine, self.plan.context, self.engine.device.torch_device, store)
 
     @property
@@ -421,6 +427,13 @@ def _load_tokenizer(folder: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # the library raises many kinds for a damaged tokenizer
         raise ModelError(f"the tokenizer in {folder} cannot be used: {' '.join(str(e).split())[:200]}") from e
+
+
+def _room(folder: Path) -> int:
+    """What stored keys and values may take, all models together, where nobody has said: half of the disk's free space
+    and of what they take already."""
+    taken = sum(p.stat().st_size for p in folder.glob("*.kv"))
+    return (shutil.disk_usage(folder).free + taken) // 2
 
 
 def _generation_config(engine: Engine) -> GenerationConfig:

@@ -149,6 +149,23 @@ def test_nothing_is_written_unasked(chatty: Path, own_home: Path) -> None:
     assert not own_home.exists()
 
 
+def test_the_store_has_a_limit(chatty: Path, own_home: Path) -> None:
+    """What no session needs makes way; when nothing can, storing ends with a note and the answer is the same."""
+    with offload.load(chatty, context=128, disk="200KB") as model:
+        for n in range(12):
+            model.run([[n + 20, *PROMPT]], max_new_tokens=2, prefix_cache=True)
+        size = sum(p.stat().st_size for p in (own_home / "sessions").glob("*.kv"))
+        assert 100_000 < size <= 200_000
+        model.run([[31, *PROMPT]], max_new_tokens=2, prefix_cache=True)
+        assert model.stats.reused_tokens == 40, "the last one is there"
+        model.run([[20, *PROMPT]], max_new_tokens=2, prefix_cache=True)
+        assert model.stats.reused_tokens == 0, "the first one is not"
+    with offload.load(chatty, context=128, disk="4KB") as model:
+        result = model.run([PROMPT], max_new_tokens=2, prefix_cache=True)
+        assert any("--disk" in note for note in result.notes)
+        assert len(result.token_ids[0]) == 2
+
+
 def say(conversation: Conversation, text: str) -> str:
     result = conversation.say(text, lambda piece: None, max_new_tokens=5)
     assert result is not None
