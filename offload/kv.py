@@ -146,7 +146,7 @@ class KV:
             return store
 
         def front(shape: KVShape, batch: int) -> int:
-            """Tokens of each sequence that the device holds; what is attended to sparsely is chosen among those in RAM."""
+            """Tokens of each sequence that the device holds: none of what is attended to sparsely, which is in RAM."""
             if self._below is None or self.sparse is not None:
                 return 0
             _, whole, least = sizes(shape, batch)
