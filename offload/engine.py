@@ -107,6 +107,7 @@ class Engine:
             ),
             context=config.context,
             kv_resident=_kv_resident(config),
+            kv_below=config.kv_budget is not None,
         )
         machine = self.calibration.apply(self.machine)
         overrides = Overrides.of(config.overrides or {})

@@ -123,7 +123,8 @@ class KV:
             assert self._disk is not None
             tokens, whole, least = sizes(shape, batch)
             wanted = room = self._wanted(whole)
-            if self._below is not None:  # the device keeps what was asked for; without a word RAM holds what it can
+            if self._below is not None and self.sparse is None:
+                # the device keeps what was asked for; without a word RAM holds what it can
                 wanted = room = min(self._below, whole) if asked is None else least
             if self.sparse is not None:
                 room -= count * batch * self.sparse.abstract_nbytes(shape, capacity, tokens)
@@ -145,8 +146,8 @@ class KV:
             return store
 
         def front(shape: KVShape, batch: int) -> int:
-            """Tokens of each sequence that the device holds."""
-            if self._below is None:
+            """Tokens of each sequence that the device holds: none of what is attended to sparsely, which is in RAM."""
+            if self._below is None or self.sparse is not None:
                 return 0
             _, whole, least = sizes(shape, batch)
             each = sum(layer is None for layer in layers) * batch * shape.token_nbytes
@@ -158,6 +159,8 @@ class KV:
     def _wanted(self, whole: int) -> int:
         """Bytes to be kept where compute is, of a request that takes `whole`."""
         asked = self._config.kv_resident
+        if asked is None and self.sparse is not None and self._below is not None:
+            return min(whole, self._below)
         return parse_size(asked, of=whole, flag="--kv-resident") if asked is not None else self._reserved
 
     def close(self) -> None:

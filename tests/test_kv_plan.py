@@ -106,6 +106,15 @@ def test_a_device_keeps_all_that_fits_it_and_ram_the_others() -> None:
     assert not choose(known, replace(on_device, vram=e.value.smallest + whole), hardware, LONG).plan.kv_tiered
 
 
+def test_what_is_attended_to_sparsely_lies_in_ram() -> None:
+    known, hardware = model(), machine(link_bytes_per_s=1e10)
+    whole = 6 * TOKEN * CONTEXT
+    both = budgets(1 << 40, vram=1 << 40, kv_resident=0.5)
+    plan = choose(known, replace(both, kv_below=True), hardware, LONG).plan
+    assert plan.kv < whole // 8 and plan.kv_host >= whole // 2
+    assert choose(known, both, hardware, LONG).plan.kv >= whole // 2
+
+
 @pytest.mark.parametrize("spare", [0, 4 * MIB, 64 * MIB])
 def test_what_ram_holds_of_them_is_within_its_budget(spare: int) -> None:
     known, hardware = model(), machine(link_bytes_per_s=1e10)

@@ -150,15 +150,15 @@ class Demand:
     whole_prompt: bool = False  # prompts of this family must be computed in one pass
     tiered: KVDemand | None = None
 
-    def way(self, asked: int | float | None) -> Way:
-        """Keep `asked`, bytes or a share, of keys and values in memory (None: all)."""
+    def way(self, asked: int | float | None, *, below: bool = False) -> Way:
+        """Keep `asked`, bytes or a share, of keys and values in memory (None: all); in that `below` a device's."""
         tiered = self.tiered
         if asked is None:
             return Way(self.kv, self.activations, lambda tokens: None)
         if tiered is None:
             raise UsageError("--kv-resident: this model keeps no keys and values that could lie anywhere else")
         return Way(
-            lambda tokens: tiered.resident(tokens, asked) + tiered.others(tokens),
+            lambda tokens: (0 if below else tiered.resident(tokens, asked)) + tiered.others(tokens),
             tiered.activations,
             lambda tokens: tiered.tiers(tokens, asked),
         )
@@ -169,7 +169,7 @@ class Demand:
         Nobody asked to have them on disk who did not say how long the context is to be.
         """
         if budgets.kv_resident is not None:
-            return [self.way(budgets.kv_resident)]
+            return [self.way(budgets.kv_resident, below=budgets.kv_below and budgets.vram is not None)]
         ways = [self.way(None)]
         if self.tiered is None or budgets.context is None:
             return ways
@@ -183,7 +183,8 @@ class Demand:
 class Budgets:
     """What may be used. `vram` is None where compute is on the host; `device_base` is what the device takes itself.
 
-    `kv_resident`: keys and values kept in memory, bytes or, as a float, a share; None leaves it to the planner.
+    `kv_resident`: keys and values kept in memory, bytes or, as a float, a share; None leaves it to the planner. With
+    `kv_below` none of that is a device's memory: they are attended to in RAM.
     """
 
     ram: int
@@ -193,6 +194,7 @@ class Budgets:
     resident: int | None = None
     context: int | None = None
     kv_resident: int | float | None = None
+    kv_below: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +280,8 @@ def make_plan(
     def host_kv(tokens: int) -> int:
         """What RAM holds, at least, of keys and values that are not all on the device."""
         tiered = vram is not None and any(way.tiers(tokens) is not None for way in ways)
-        return demand.tiered.resident(tokens, 0) if tiered and demand.tiered is not None else 0
+        asked = budgets.kv_resident if budgets.kv_below and budgets.kv_resident is not None else 0
+        return demand.tiered.resident(tokens, asked) if tiered and demand.tiered is not None else 0
 
     # the smallest placement, and with it the smallest budgets
     model = _Weights.of(layout)
