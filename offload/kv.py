@@ -24,6 +24,7 @@ from kvstore import (
     make_cache,
     slots_for,
 )
+from kvstore.store import LEAST_RING, RING
 from moe import kernels
 from offload import attention
 from offload.attention import Attention
@@ -119,13 +120,19 @@ class KV:
             whole = count * batch * -(-capacity // tokens) * nbytes
             return tokens, whole, nbytes * slots_for(0, nbytes, count, batch, capacity, tokens)
 
+        def passing(shape: KVShape, batch: int) -> int:
+            """Bytes of RAM that what is not on the device passes through: a whole ring, if that is not most of all."""
+            tokens, whole, least = sizes(shape, batch)
+            ring = (RING - LEAST_RING) * shape.chunk_nbytes(tokens)
+            return min(whole, max(least, min(least + ring, self._wanted(whole) // 2)))
+
         def make(shape: KVShape, batch: int) -> ChunkStore:
             assert self._disk is not None
-            tokens, whole, least = sizes(shape, batch)
+            tokens, whole, _ = sizes(shape, batch)
             wanted = room = self._wanted(whole)
             if self._below is not None and self.sparse is None:
                 # the device keeps what was asked for; without a word RAM holds what it can
-                wanted = room = min(self._below, whole) if asked is None else least
+                wanted = room = min(self._below, whole) if asked is None else passing(shape, batch)
             if self.sparse is not None:
                 room -= count * batch * self.sparse.abstract_nbytes(shape, capacity, tokens)
             kind = functools.partial(CodedStore, codecs=self.codecs, decode=self._decode) if self.codecs else ChunkStore
@@ -149,9 +156,9 @@ class KV:
             """Tokens of each sequence that the device holds: none of what is attended to sparsely, which is in RAM."""
             if self._below is None or self.sparse is not None:
                 return 0
-            _, whole, least = sizes(shape, batch)
+            _, whole, _ = sizes(shape, batch)
             each = sum(layer is None for layer in layers) * batch * shape.token_nbytes
-            room = self._wanted(whole) - (least if asked is not None else 0)
+            room = self._wanted(whole) - (passing(shape, batch) if asked is not None else 0)
             return max(0, min(capacity, room // each)) if each else 0
 
         return TieredCache(layers, make, front_tokens=front, on_host=self._on_host, lift=self._device.lift)

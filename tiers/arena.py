@@ -60,7 +60,7 @@ class Arena:
             self.tensor = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
             return
         self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if self.nbytes >= 64 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
+        if self.nbytes >= 8 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
             # fewer page-table walks in the kernels, and fewer pages to pin per direct read
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
