@@ -32,7 +32,8 @@ def spawn(*args: str, **options: Any) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-        cwd="/", **options,
+        # a shell that runs the suite in the background has its children ignore Ctrl-C
+        cwd="/", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
     )  # fmt: skip
 
 
