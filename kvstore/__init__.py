@@ -10,6 +10,7 @@ from kvstore.loss import NO_LOSS, KVLoss
 from kvstore.nodes import NODE_TOKENS, Layer, Segment
 from kvstore.prefixes import Match, PrefixStore
 from kvstore.pruning import Pruned
+from kvstore.ragged import RaggedCache, attend_ragged
 from kvstore.reserved import ReservedLayer, make_cache
 from kvstore.sessions import Session, Sessions, Summary, mismatch
 from kvstore.sparse import SparseOptions
@@ -21,7 +22,7 @@ from kvstore.windows import WindowLayer
 
 __all__ = [
     "NODE_TOKENS", "NO_LOSS", "ChunkStore", "CodedStore", "FewTokens", "KVBooks", "KVCodecs", "KVDisk", "KVLoss",
-    "KVShape", "Layer", "Match", "PrefixStore", "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions",
-    "Snapshot", "SparseOptions", "Summary", "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens",
-    "make_cache", "mismatch", "rollback", "slots_for", "spoil",
+    "KVShape", "Layer", "Match", "PrefixStore", "Pruned", "RaggedCache", "ReservedLayer", "Rule", "Segment",
+    "Session", "Sessions", "Snapshot", "SparseOptions", "Summary", "TieredCache", "TieredLayer", "WindowLayer",
+    "attend", "attend_ragged", "chunk_tokens", "make_cache", "mismatch", "rollback", "slots_for", "spoil",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -118,6 +118,14 @@ class KVBooks:
     bytes_written: int = 0
     stall_s: float = 0.0
     loss: KVLoss = NO_LOSS
+
+    def copy(self) -> KVBooks:
+        """As they are now."""
+        return replace(self)
+
+    def __sub__(self, then: KVBooks) -> KVBooks:
+        """What came since."""
+        return KVBooks(*(getattr(self, f.name) - getattr(then, f.name) for f in fields(KVBooks)))
 
 
 class ChunkStore:
@@ -391,6 +399,11 @@ class ChunkStore:
         """Give all memory and disk back; the store is of no use after this."""
         self._disk.abandon(self.residency, self._extents)
         self._disk.sweep()
+
+    @property
+    def held(self) -> int:
+        """Chunks that are being filled or stay."""
+        return len(self._leased)
 
     @property
     def bytes_read(self) -> int:

@@ -7,7 +7,6 @@ chunk, from the store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -173,6 +172,16 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
             self.front.select(rows)
         self._replace([self.rows[i].fork() for i in rows])
 
+    def take(self, other: TieredLayer, length: int) -> None:
+        """Become the first `length` tokens of another layer like this one, of another sequence of the same store."""
+        assert other.front is None, "what is in device memory cannot be shared"
+        self._cache.store_for(other._cache.store.shape_of(other.number), len(other.rows))
+        self._replace([row.fork() for row in other.rows])
+        for row in self.rows:
+            row.crop(min(row.length, length))
+        self._freed = min(other._freed, length // self.rows[0].tokens if self.rows else 0)
+        self.is_initialized = True
+
     def _replace(self, rows: list[ChunkList]) -> None:
         old, self.rows = self.rows, rows
         for row in old:
@@ -238,8 +247,8 @@ class TieredCache(Cache):  # type: ignore[misc]
     def unseen(self) -> KVBooks:
         """What was moved since this was asked last."""
         now, then = self.books, self._seen
-        self._seen = replace(now)
-        return KVBooks(*(getattr(now, f.name) - getattr(then, f.name) for f in fields(KVBooks)))
+        self._seen = now.copy()
+        return now - then
 
     def close(self) -> None:
         """Give memory and disk back. The cache is empty afterwards, and may be filled anew."""

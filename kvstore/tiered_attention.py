@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Protocol
 
 import torch
 
 from kvstore.attention import BLOCK, Expand, Merged, Rule, blocks, gathered, partial
-from kvstore.chunks import Chunk
+from kvstore.chunks import Chunk, ChunkList
 from kvstore.softmax import AttentionState
 from kvstore.sparse import OBSERVED, share_out
-from kvstore.store import Span
+from kvstore.store import ChunkStore, Span
 from kvstore.tiered import TieredCache, TieredLayer
 
 
@@ -68,44 +68,63 @@ def _token(
     """One token per sequence: what is in memory in one call, then what arrives. None if the kernel cannot."""
     batch, heads, _, _ = query.shape
     layer.append_new()  # the new token is one of those attended to
-    length, ahead = layer.past, layer.ahead
-    shape = cache.store.shape_of(layer.number)
-    host = query.cpu()
-    state = AttentionState.empty(batch, heads, shape.value_dim)
-    carried = state.largest, state.total, state.mixed
-    tokens = layer.rows[0].tokens
-    strides = (tokens * shape.key_dim, shape.key_dim, tokens * shape.value_dim, shape.value_dim)
-    # those that stay first, of all sequences at once; what comes and goes in its own order, whenever it arrives:
-    # sums depend on the order and not on how it is divided
-    table = array("q")
-    away: list[list[Span]] = []
-    for b, row in enumerate(layer.rows):
-        low = max(_first_seen(pads[b], length - 1, rule) - ahead, 0)
-        chosen = row.sparse.choose(row.length, host[b, :, 0], rule.scale) if row.sparse is not None else None
-        spans = list(row.spans(low, row.length, chosen))
-        stay = [s for s in spans if s[0].views is not None] if chosen is None else []
-        for k, v, n in cache.store.located(stay):
-            table.extend((b, k, v, n))
-        away.append([s for s in spans if s[0].views is None] if chosen is None else spans)
-    if not few(host, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
+    state = one_token(
+        cache.store, layer.rows, query.cpu(), rule, pads, few, lambda b: later(cache, layer, b), ahead=layer.ahead
+    )
+    if state is None:
         return None
-    for b, passing in enumerate(away):
-        with closing(cache.store.addresses(passing, later(cache, layer, b))) as runs:
-            for run in runs:
-                part = array("q", [x for k, v, n in run for x in (b, k, v, n)])
-                few(host, part, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
+    width = state.mixed.shape[2]
     if layer.front is None:
         if sinks is not None:
-            state.merge(torch.zeros(batch, heads, 1, shape.value_dim), sinks.float().expand(batch, heads))
+            state.merge(torch.zeros(batch, heads, 1, width), sinks.float().expand(batch, heads))
         return state.result()[0].to(query.dtype).transpose(1, 2).to(query.device)
     # what crosses the link is the token's query, and its partial result
     out, lse = (t.to(query.device) for t in state.result())
-    merged = Merged(batch, heads, 1, shape.value_dim, query.device)
+    merged = Merged(batch, heads, 1, width, query.device)
     if sinks is not None:
         merged.lse.copy_(sinks.float()[None, :, None].expand(batch, heads, 1))
     merged.add(out, lse[..., None])
-    _add_front(layer, merged, query, length - 1, rule, pads)
+    _add_front(layer, merged, query, layer.past - 1, rule, pads)
     return merged.out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def one_token(
+    store: ChunkStore, rows: Sequence[ChunkList], query: torch.Tensor, rule: Rule, pads: Sequence[int], few: FewTokens,
+    coming: Callable[[int], Iterable[Chunk]], *, ahead: int = 0,
+) -> AttentionState | None:  # fmt: skip
+    """Attention of the last token of each of `rows`, sequences of one layer of any lengths, to all of them; query
+    [B, heads, 1, D] on the CPU. None if the kernel cannot.
+
+    `ahead` positions lie before the first of each row, `pads[b]` of all are padding; `coming(b)` will be read after row
+    b. Chunks that stay come first, of all sequences at once; what comes and goes in its own order, whenever it arrives:
+    sums depend on the order and not on how it is divided.
+    """
+    layer = rows[0].layer
+    shape = store.shape_of(layer)
+    state = AttentionState.empty(query.shape[0], query.shape[1], shape.value_dim)
+    carried = state.largest, state.total, state.mixed
+    tokens = rows[0].tokens
+    strides = (tokens * shape.key_dim, shape.key_dim, tokens * shape.value_dim, shape.value_dim)
+    table = array("q")
+    away: list[list[Span]] = []
+    for b, row in enumerate(rows):
+        low = max(_first_seen(pads[b], ahead + row.length - 1, rule) - ahead, 0)
+        chosen = row.sparse.choose(row.length, query[b, :, 0], rule.scale) if row.sparse is not None else None
+        spans = list(row.spans(low, row.length, chosen))
+        stay = [s for s in spans if s[0].views is not None] if chosen is None else []
+        for k, v, n in store.located(stay):
+            table.extend((b, k, v, n))
+        away.append([s for s in spans if s[0].views is None] if chosen is None else spans)
+    if not few(query, table, strides, shape.kv_heads, *carried, rule.scale, rule.softcap):
+        return None
+    for b, passing in enumerate(away):
+        if not passing and store.holds_all:
+            continue
+        with closing(store.addresses(passing, coming(b))) as runs:
+            for run in runs:
+                part = array("q", [x for k, v, n in run for x in (b, k, v, n)])
+                few(query, part, strides, shape.kv_heads, *carried, rule.scale, rule.softcap)
+    return state
 
 
 def _add_front(

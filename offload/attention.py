@@ -6,6 +6,7 @@ queries × context, is never made. `tests/test_hf_adapter.py` checks what is ass
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvstore import FewTokens, Rule, TieredCache, TieredLayer, attend
+from kvstore import FewTokens, RaggedCache, Rule, TieredCache, TieredLayer, attend, attend_ragged
 from tiers import ModelError
 
 NAME = "offload_tiers"  # the attention implementation that a switched model names
@@ -84,6 +85,9 @@ class Attention:
         expand = getattr(module, "expand_kv", None)
         sinks = kwargs.get("s_aux")
         layer = None
+        if isinstance(self.cache, RaggedCache):
+            number = int(module.layer_idx)  # type: ignore[arg-type]
+            return attend_ragged(self.cache, number, query, key, value, rule, sinks=sinks, expand=expand, few=self._few)
         if isinstance(self.cache, TieredCache):
             found = self.cache.layers[module.layer_idx]
             layer = found if isinstance(found, TieredLayer) else None
@@ -100,14 +104,21 @@ def _shifted(pads: list[int], cache: Cache | None, module: nn.Module, key: torch
     return [p - max(0, held - key.shape[2]) for p in pads]
 
 
-def switch(model: PreTrainedModel, few: FewTokens | None = None) -> Attention:
-    """Make every attention of `model` ask the `Attention` returned."""
+def switch(model: PreTrainedModel, few: FewTokens | None = None) -> tuple[Attention, Callable[[], None]]:
+    """Make every attention of `model` ask the `Attention` returned; the function returned makes it as it was."""
     attention = Attention(few)
     for module in model.modules():
         module.__dict__["offload_tiers"] = attention
-    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+    configs = list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
         config._attn_implementation = NAME
-    return attention
+
+    def back() -> None:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+    return attention, back
 
 
 def _dispatch(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:

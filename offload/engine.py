@@ -7,9 +7,10 @@ expert) is about to compute, its weights are in memory, and that meanwhile the n
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from kvstore import TieredCache, spoil
+from kvstore import RaggedCache, TieredCache, spoil
 from moe import LayerExperts, grouped, kernels
 from offload import graphs, hardware, hf, launches, native
 from offload.binding import Binder
@@ -191,6 +192,32 @@ class Engine:
                 out.logits = out.logits[:, -keep:]
             return out
 
+    def advance(
+        self, cache: RaggedCache, parts: Sequence[tuple[TieredCache, Sequence[int]]], wanted: Sequence[int]
+    ) -> torch.Tensor:
+        """One pass over the new tokens of ragged sequences: (sequence, its tokens) of each part. Returns the logits
+        [len(wanted), vocab] on the CPU that follow the last token of the parts numbered `wanted`, at least one.
+
+        `cache` comes from `kv.ragged`, the sequences from it. Raises as `step` does; sequences may be uneven then, and
+        are good for nothing but `reset`.
+        """
+        with self._lock:
+            cache.parts = [(sequence, len(tokens)) for sequence, tokens in parts]
+            positions = [sequence.get_seq_length() + i for sequence, tokens in parts for i in range(len(tokens))]
+            ends = list(itertools.accumulate(len(tokens) for _, tokens in parts))
+            device = self.device.torch_device
+            self._prefilled = self._prefill_total = 0
+            inputs = {
+                "position_ids": torch.tensor([positions], device=device),
+                "logits_to_keep": torch.tensor([ends[i] - 1 for i in wanted], device=device),
+                "use_cache": True,
+            }
+            row = torch.tensor([[t for _, tokens in parts for t in tokens]])
+            out = self._pass(row, cache, inputs)
+            self.steps[-1].sequences = len(parts)
+            logits: torch.Tensor = out.logits[0].cpu()
+            return logits
+
     def predict(self, workload: Workload, known: Calibration | None = None) -> Prediction:
         """What this plan is expected to do with `workload`, by all that is `known` now (or as given)."""
         known = known or self.calibration
@@ -253,7 +280,7 @@ class Engine:
                 stats.seconds = time.perf_counter() - began
                 for name, value in self._memory.books().items():
                     setattr(stats, name, value - before[name])
-                if isinstance(cache, TieredCache):
+                if isinstance(cache, (TieredCache, RaggedCache)):
                     kv = cache.unseen()
                     stats.stall_s += kv.stall_s
                     stats.kv_bytes_read, stats.kv_bytes_written = kv.bytes_read, kv.bytes_written

@@ -7,17 +7,21 @@ All in memory, in transformers' own attention, as long as that is what the plan 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvstore import (
     ChunkStore,
     CodedStore,
+    FewTokens,
     KVCodecs,
     KVDisk,
     KVShape,
+    RaggedCache,
     SparseOptions,
     TieredCache,
     chunk_tokens,
@@ -57,6 +61,13 @@ def _on_host(facts: ModelFacts, machine: Machine, queries: int) -> bool:
     return there < layer.kv_bytes / link
 
 
+def _open_disk(config: RunConfig, reader: DirectReader, queue: TransferQueue, trace: Trace | None) -> KVDisk:
+    """What chunks are spilled to. Raises `UsageError`."""
+    folder = Path(config.spill_dir).absolute() if config.spill_dir is not None else cache_folder() / "spill"
+    limit = parse_size(config.disk, flag="--disk") if config.disk is not None else None
+    return KVDisk(folder, limit, reader, queue, trace)
+
+
 class KV:
     """Acts on a plan, once it is connected; closed with the engine."""
 
@@ -74,6 +85,7 @@ class KV:
             raise UsageError("--kv-budget: this model keeps compressed latents, of which no bound is known")
         self.tiered = plan.kv_tiered
         tiered = description.demand.tiered
+        self._can_tier = tiered is not None
         # what the plan reserves, less what other layers keep
         self._reserved = plan.kv - (tiered.others(plan.context) if tiered is not None else 0)
         self._below = plan.kv_host if plan.device is not None else None
@@ -85,25 +97,26 @@ class KV:
         self._notes: list[str] = []
         self._decode: Callable[..., bool] | None = None  # a chunk's codes
         self._chunk = (config.overrides or {}).get("kv_chunk")
+        self._model: PreTrainedModel | None = None
+        self._few: FewTokens | None = None
+        self._open: Callable[[], KVDisk] | None = None
 
     def connect(
         self, description: Description, reader: DirectReader, queue: TransferQueue, trace: Trace | None,
         interrupted: Callable[[], bool], notes: list[str], device: Device, machine: Machine,
     ) -> None:  # fmt: skip
         """Open what chunks are spilled to, and have the model attend over it. Raises `UsageError`."""
-        if not self.tiered:
-            return
-        config = self._config
-        folder = Path(config.spill_dir).absolute() if config.spill_dir is not None else cache_folder() / "spill"
-        limit = parse_size(config.disk, flag="--disk") if config.disk is not None else None
-        self._disk = KVDisk(folder, limit, reader, queue, trace)
-        self._interrupted, self._notes = interrupted, notes
-        self._device = device
+        self._device, self._interrupted, self._notes = device, interrupted, notes
         if device.own_memory:
             self._on_host = functools.partial(_on_host, description.facts, machine)
         kernel = kernels.load()  # what is in RAM is attended to there, a token at a time
+        self._few = kernel.attend_table if kernel is not None else None
         self._decode = kernel.decode_kv if kernel is not None else None
-        self.attention = attention.switch(description.model, kernel.attend_table if kernel is not None else None)
+        self._model = description.model
+        self._open = functools.partial(_open_disk, self._config, reader, queue, trace)
+        if self.tiered:
+            self._disk = self._open()
+            self.attention, _ = attention.switch(description.model, self._few)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens per sequence."""
@@ -135,8 +148,7 @@ class KV:
                 wanted = room = min(self._below, whole) if asked is None else passing(shape, batch)
             if self.sparse is not None:
                 room -= count * batch * self.sparse.abstract_nbytes(shape, capacity, tokens)
-            kind = functools.partial(CodedStore, codecs=self.codecs, decode=self._decode) if self.codecs else ChunkStore
-            store = kind(
+            store = self._store_kind(
                 self._disk, shape, count, batch, capacity, room, tokens=tokens, interrupted=self._interrupted,
                 sparse=self.sparse,
             )  # fmt: skip
@@ -169,6 +181,51 @@ class KV:
         if asked is None and self.sparse is not None and self._below is not None:
             return min(whole, self._below)
         return parse_size(asked, of=whole, flag="--kv-resident") if asked is not None else self._reserved
+
+    @property
+    def takes_ragged(self) -> bool:
+        """Whether sequences of any lengths can share a pass: all that layers keep of them are keys and values."""
+        layers = attention.cache_layers(self._hf_config)
+        return self._can_tier and all(layer is None or isinstance(layer, int) for layer in layers)
+
+    @contextmanager
+    def ragged(self, sequences: int, each: int) -> Iterator[RaggedCache]:
+        """A cache for `sequences` at once that grow to `each` tokens on average, in what the plan sets aside for keys
+        and values; what does not fit there lies on disk. While the context lasts the model attends over it."""
+        assert self._open is not None and self._model is not None
+        layers = attention.cache_layers(self._hf_config)
+        room = self._reserved if self._below is None else self._below
+        if self._disk is None:
+            self._disk = self._open()
+        disk = self._disk
+
+        def make(shape: KVShape, batch: int) -> ChunkStore:
+            tokens = self._chunk or chunk_tokens(shape, each, sparse=self.sparse is not None)
+            left = room
+            if self.sparse is not None:
+                left -= len(layers) * sequences * self.sparse.abstract_nbytes(shape, each, tokens)
+            return self._store_kind(
+                disk, shape, len(layers), sequences, each, left, tokens=tokens, interrupted=self._interrupted,
+                sparse=self.sparse,
+            )  # fmt: skip
+
+        cache = RaggedCache(layers, make, on_host=self._on_host, lift=self._device.lift)
+        switched = self.attention is None
+        if switched:
+            self.attention, back = attention.switch(self._model, self._few)
+        try:
+            yield cache
+        finally:
+            cache.close()
+            if switched:
+                self.attention = None
+                back()
+
+    @property
+    def _store_kind(self) -> Callable[..., ChunkStore]:
+        if not self.codecs:
+            return ChunkStore
+        return functools.partial(CodedStore, codecs=self.codecs, decode=self._decode)
 
     def close(self) -> None:
         """Stop the writers."""
