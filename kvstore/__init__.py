@@ -11,7 +11,7 @@ from kvstore.nodes import NODE_TOKENS, Layer, Segment
 from kvstore.prefixes import Match, PrefixStore
 from kvstore.pruning import Pruned
 from kvstore.reserved import ReservedLayer, make_cache
-from kvstore.sessions import Session, Sessions, Summary, mismatch
+from kvstore.sessions import Session, Sessions, Summary
 from kvstore.sparse import SparseOptions
 from kvstore.states import Snapshot, rollback, spoil
 from kvstore.store import ChunkStore, KVBooks, KVDisk, chunk_tokens, slots_for
@@ -23,5 +23,5 @@ __all__ = [
     "NODE_TOKENS", "NO_LOSS", "ChunkStore", "CodedStore", "FewTokens", "KVBooks", "KVCodecs", "KVDisk", "KVLoss",
     "KVShape", "Layer", "Match", "PrefixStore", "Pruned", "ReservedLayer", "Rule", "Segment", "Session", "Sessions",
     "Snapshot", "SparseOptions", "Summary", "TieredCache", "TieredLayer", "WindowLayer", "attend", "chunk_tokens",
-    "make_cache", "mismatch", "rollback", "slots_for", "spoil",
+    "make_cache", "rollback", "slots_for", "spoil",
 ]  # fmt: skip
