@@ -1,10 +1,11 @@
-"""What the benchmark scripts share: folders, sizes, the machine's description, result files. Measures nothing itself.
+"""What the benchmark scripts share: flags, sizes, the machine's description, result files. Measures nothing itself.
 
 Imports nothing heavy, so that scripts which only start others stay small beside what they measure.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -14,10 +15,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -129,6 +130,60 @@ def write_json(path: Path, data: Any) -> None:
         f.write(json.dumps(data, indent=1) + "\n")
     os.chmod(f.name, 0o644)
     os.replace(f.name, path)
+
+
+def flags(
+    doc: str | None, result: str | None, *, scratch: str | None = None, rounds: int | None = None,
+    worker: int | str | None = None,
+) -> argparse.ArgumentParser:  # fmt: skip
+    """A parser with the flags that the scripts have in common, the script's docstring its description.
+
+    `--scratch`, explained by `scratch`; `--rounds` with its default, if there is one; `--out`, by default
+    bench/results/RESULT.json; the hidden `--worker` of so many words, if the script starts itself again.
+    """
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--scratch", type=Path, default=default_scratch(), help=scratch)
+    if rounds is not None:
+        p.add_argument("--rounds", type=int, default=rounds)
+    p.add_argument("--out", type=Path, default=RESULTS / f"{result}.json" if result is not None else None)
+    if worker is not None:
+        p.add_argument("--worker", nargs=worker, help=argparse.SUPPRESS)
+    return p
+
+
+def head(kind: str, load: float, name: str | None = None) -> dict[str, Any]:
+    """What a result begins with: what it is (`name` where it is not the kind's), when and where it was measured.
+
+    `load` is the load average before anything was started.
+    """
+    return {"kind": kind, "name": name or kind, "date": today(), "machine": machine(), "load_average_before": load}
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script and end the process; what the user can put right is printed as one line."""
+    try:
+        sys.exit(main())
+    except BenchError as e:
+        say(f"error: {e}")
+        sys.exit(1)
+
+
+def on_machine(m: Mapping[str, Any]) -> str:
+    """A result's machine for people."""
+    return (
+        f"{m['cpu']}, {m['cores']} cores, {m['ram_bytes'] / GIB:.0f} GiB RAM, Linux {m['kernel'].split('-')[0]}, "
+        f"torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}"
+    )
+
+
+def shown_rate(tokens_per_s: float) -> str:
+    """Tokens per second for people."""
+    return f"{tokens_per_s:.2f}" if tokens_per_s < 10 else f"{tokens_per_s:.1f}"
+
+
+def shown_times(ratio: float) -> str:
+    """A ratio of two speeds for people."""
+    return f"{ratio:.1f}×" if ratio >= 2 else f"{ratio:.2f}×"
 
 
 def say(*what: object) -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import shutil
 import statistics
@@ -59,12 +58,13 @@ from common import (
     worker_env,
     write_json,
 )
+from equality import equality
 from limit import Group, Held, drop_caches
+from misses import belady_misses, lru_misses, routes_by_step
 
 PEERS = ("accelerate", "transformers-auto")
 LLAMA_CPP = "llama.cpp"
 SHARES = (1.0, 0.9, 0.8, 0.65)  # of the limit less the interpreter: what accelerate is tried with
-BF16_DIGITS = 8  # significant binary digits
 NO_FLOOR = {"floor_s": None}
 RESIDENT_TOKENS = 96  # a step takes little, and a mapped file is read during the first ones
 Run = dict[str, Any]
@@ -385,76 +385,6 @@ def ratios(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
             found.setdefault(engine, {})[f"{cache}_decode"] = a["decode_tokens_per_s"] / b["decode_tokens_per_s"]
             found[engine][f"{cache}_start"] = b["start_to_first_token_s"] / a["start_to_first_token_s"]
     return found
-
-
-def equality(reference: Path, other: Path) -> dict[str, Any]:
-    """Positions with the same choice; the worst other choice in ulps below the reference's maximum; equal bits; how
-    near the logits of a position are at worst.
-    """
-    from safetensors.torch import load_file
-
-    a, b = load_file(reference)["logits"], load_file(other)["logits"]
-    n = min(len(a), len(b))
-    a, b = a[:n].float(), b[:n].float()
-    mine, theirs = b.argmax(-1).tolist(), a.argmax(-1).tolist()
-    worst = max((ulps_below(a[i].max().item(), a[i, m].item()) for i, m in enumerate(mine)), default=0.0)
-    return {
-        "positions": n,
-        "equal": sum(x == y for x, y in zip(mine, theirs, strict=True)),
-        "worst_ulps": worst,
-        "bit_identical": sum(bool((a[i] == b[i]).all()) for i in range(n)),
-        "largest_difference": (a - b).abs().max().item() if n else 0.0,
-        "least_cosine": (a * b).sum(-1).div(a.norm(dim=-1) * b.norm(dim=-1)).min().item() if n else None,
-    }
-
-
-def ulps_below(maximum: float, value: float, digits: int = BF16_DIGITS) -> float:
-    """How far `value` lies below `maximum`, in units of the last of `digits` binary digits of `maximum`."""
-    if maximum == value:
-        return 0.0
-    exponent = math.frexp(maximum or value)[1]
-    return (maximum - value) / math.ldexp(1.0, exponent - digits)
-
-
-def routes_by_step(routes: Sequence[Sequence[int]], layers: int) -> list[list[tuple[int, int]]]:
-    """One list per layer and pass → per pass, the (layer, expert) needed, in order."""
-    steps = [routes[at : at + layers] for at in range(0, len(routes), layers)]
-    return [[(layer, e) for layer, chosen in enumerate(step) for e in chosen] for step in steps]
-
-
-def belady_misses(accesses: Sequence[Any], slots: int) -> int:
-    """Misses of the best possible cache of `slots`, starting empty, that may also let a block pass without keeping it.
-
-    No start can save more than `slots` of them.
-    """
-    following: list[float] = [math.inf] * len(accesses)
-    seen: dict[Any, int] = {}
-    for i in range(len(accesses) - 1, -1, -1):
-        following[i] = seen.get(accesses[i], math.inf)
-        seen[accesses[i]] = i
-    kept: dict[Any, float] = {}
-    misses = 0
-    for key, after in zip(accesses, following, strict=True):
-        misses += key not in kept
-        kept[key] = after
-        if len(kept) > slots:
-            del kept[max(kept, key=kept.__getitem__)]
-    return misses
-
-
-def lru_misses(accesses: Sequence[Any], slots: int, warm: Sequence[Any] = ()) -> int:
-    """Misses of a least-recently-used cache that has seen `warm` before."""
-    kept: dict[Any, None] = {}
-    misses = 0
-    for i, key in enumerate([*warm, *accesses]):
-        if key in kept:
-            del kept[key]
-        elif i >= len(warm):
-            misses += 1
-        kept[key] = None
-        if len(kept) > slots:
-            del kept[next(iter(kept))]
-    return misses
 
 
 def parser() -> argparse.ArgumentParser:

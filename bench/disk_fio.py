@@ -7,7 +7,6 @@ Ours is measured as it is used: blocks fetched through the transfer queue into s
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 import checkpoints
-from common import RESULTS, default_scratch, load_average, machine, say, today, write_json
+from common import flags, head, load_average, say, write_json
 
 BLOCK = 64 << 20
 
@@ -59,11 +58,9 @@ def ours(path: Path, offset: int, nbytes: int) -> float:
 
 def main() -> int:
     """Run the pairs and write `bench/results/disk.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, "disk")
     parser.add_argument("--model", default="llama-3b", choices=sorted(checkpoints.SPECS))
-    parser.add_argument("--scratch", type=Path, default=default_scratch())
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "disk.json")
     args = parser.parse_args()
     if shutil.which("fio") is None:
         print("fio is not installed; nothing was measured (Debian: apt-get install fio)", file=sys.stderr)
@@ -82,7 +79,7 @@ def main() -> int:
         pairs.append({"ours": a, "fio": b, "ratio": a / b})
         say(f"ours {a / 1e9:.2f} GB/s, fio {b / 1e9:.2f} GB/s: {a / b:.2f}")
     write_json(args.out, {
-        "kind": "disk", "name": "disk", "date": today(), "machine": machine(), "load_average_before": load,
+        **head("disk", load),
         "bytes": nbytes, "target_ratio": 0.9, "pairs": pairs,
         "ours": statistics.median(p["ours"] for p in pairs), "fio": statistics.median(p["fio"] for p in pairs),
         "ratio": statistics.median(p["ratio"] for p in pairs),

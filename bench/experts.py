@@ -15,7 +15,6 @@ wait, which would slow the others down. Measures no disk, and nothing but the CP
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoints
-from common import RESULTS, ROOT, BenchError, default_scratch, load_average, machine, say, today, write_json
+from common import ROOT, BenchError, flags, head, load_average, say, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -319,8 +318,7 @@ def kt_pool(module: Any, threads: int) -> Any:
 
 def main() -> int:
     """Measure and write `bench/results/experts.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser = flags(__doc__, "experts", rounds=25)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="tokens per call")
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
@@ -328,8 +326,6 @@ def main() -> int:
     parser.add_argument("--kt", type=Path, help="an extension module of kt-kernel (_kt_kernel_ext_….so)")
     parser.add_argument("--model", default="olmoe", choices=[*sorted(checkpoints.SPECS), "none"])
     parser.add_argument("--steps", type=int, default=40, help="decode steps of the whole model, with and without each")
-    parser.add_argument("--scratch", type=Path, default=default_scratch())
-    parser.add_argument("--out", type=Path, default=RESULTS / "experts.json")
     args = parser.parse_args()
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))  # this checkout's packages, installed or not
@@ -381,7 +377,7 @@ def main() -> int:
         say(f"error: {e}")
         return 1
     write_json(args.out, {
-        "kind": "experts", "name": "experts", "date": today(), "machine": machine(), "load_average_before": load,
+        **head("experts", load),
         "load_average_after": load_average(), "threads": torch.get_num_threads(), "level": level, "offload": version,
         "kt_kernel": str(args.kt.name) if args.kt else None, "cells": cells, "kt_cells": kt_cells, "whole_model": whole,
     })  # fmt: skip

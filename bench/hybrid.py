@@ -10,27 +10,13 @@ shows is what moving costs, not what a faster device would gain. `--device cuda`
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import checkpoints
-from common import (
-    RESULTS,
-    BenchError,
-    default_scratch,
-    in_process,
-    load_average,
-    machine,
-    medians,
-    say,
-    today,
-    worker_env,
-    write_json,
-)
+from common import RESULTS, flags, head, in_process, load_average, medians, run_script, say, worker_env, write_json
 
 MODEL = "olmoe-2b"
 MODES = ("cpu", "device", "both")
@@ -65,14 +51,10 @@ def worker(folder: Path, mode: str, device: str, link: str, share: float) -> dic
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, default=default_scratch())
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = flags(__doc__, None, rounds=3, worker=5)
     parser.add_argument("--device", choices=("emulated", "cuda"), default="emulated")
     parser.add_argument("--links", nargs="+", default=["2GB", "8GB", "16GB"], help="rates of the emulated link")
     parser.add_argument("--share", type=float, default=0.4, help="of the model that fits on the device")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
         folder, mode, device, link, share = args.worker
@@ -95,16 +77,11 @@ def main() -> int:
                     f"{r['decode_tokens_per_s']:.1f} tokens/s")  # fmt: skip
     name = "hybrid" if args.device == "emulated" else "gpu-hybrid"
     write_json(args.out or RESULTS / f"{name}.json", {
-        "kind": "hybrid", "name": name, "date": today(), "machine": machine(), "load_average_before": load,
-        "device": args.device, "model": MODEL, "share": args.share, "rounds": args.rounds, "prompt": PROMPT,
-        "new": NEW, "rows": rows,
+        **head("hybrid", load, name), "device": args.device, "model": MODEL, "share": args.share,
+        "rounds": args.rounds, "prompt": PROMPT, "new": NEW, "rows": rows,
     })  # fmt: skip
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BenchError as e:
-        say(f"error: {e}")
-        sys.exit(1)
+    run_script(main)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import RESULTS, ROOT, BenchError, load_average, machine, say, today, write_json
+from common import RESULTS, ROOT, BenchError, head, load_average, say, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +128,7 @@ def main() -> int:
         say(f"error: {e}")
         return 1
     write_json(args.out, {
-        "kind": "linears", "name": "linears", "date": today(), "machine": machine(), "offload": version,
-        "load_average_before": load, **found,
+        **head("linears", load), "offload": version, **found,
     })  # fmt: skip
     return 0
 

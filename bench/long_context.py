@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -34,21 +33,20 @@ from typing import TYPE_CHECKING, Any
 import checkpoints
 import disk
 from common import (
-    RESULTS,
     BenchError,
-    default_scratch,
+    flags,
+    head,
     in_process,
     load_average,
-    machine,
     medians,
+    run_script,
     say,
-    today,
     vm_kb,
     worker_env,
     write_json,
 )
-from compare import ulps_below
 from decode import SEED, stream
+from equality import ulps_below
 
 if TYPE_CHECKING:
     import torch
@@ -329,18 +327,14 @@ def run(args: argparse.Namespace, folder: Path, tmp: Path) -> list[dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, default=default_scratch(), help="checkpoints; KV is spilled there too")
+    parser = flags(__doc__, "long-context", scratch="checkpoints; KV is spilled there too", rounds=2, worker="+")
     parser.add_argument("--model", default=MODEL, choices=sorted(checkpoints.SPECS))
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--devices", nargs="+", default=list(DEVICES), choices=DEVICES)
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, help="resident is always among them")
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"tokens measured, after {WARM} that are not")
     parser.add_argument("--budget", default=BUDGET)
     parser.add_argument("--policy", default=POLICY)
-    parser.add_argument("--out", type=Path, default=RESULTS / "long-context.json")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker is not None:
         if args.worker[0] == "offloaded":
@@ -357,8 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = run(args, folder, Path(tmp))
     told = in_process(SCRIPT, worker_env(), "offloaded", folder)["told"] if "transformers" in args.cells else None
     write_json(args.out, {
-        "kind": "long-context", "name": "long-context", "date": today(), "machine": machine(),
-        "load_average_before": load, "load_average_after": load_average(), "model": args.model,
+        **head("long-context", load), "load_average_after": load_average(), "model": args.model,
         "config": spec.config, "weight_bytes": spec.weight_bytes, "kv_bytes_per_token": token_nbytes(spec.config),
         "kv": f"random, written into the cache and not computed; keys scaled by {KEY_SCALE:g}", "share": SHARE,
         "budget": args.budget, "policy": args.policy, "rounds": args.rounds, "warm": WARM, "steps": args.steps,
@@ -368,8 +361,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BenchError as e:
-        say(f"error: {e}")
-        sys.exit(1)
+    run_script(main)

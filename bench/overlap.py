@@ -9,7 +9,6 @@ It does not measure other engines (`compare.py`), nor how fast a link or a disk 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-from common import RESULTS, default_scratch, load_average, machine, say, today, write_json
+from common import flags, head, load_average, say, write_json
 
 LANES = ("compute", "link", "disk")
 
@@ -69,15 +68,13 @@ def one(folder: Path, tokens: int, trace: Path | None, **options: Any) -> dict[s
 
 def main() -> int:
     """Run both cases and write `bench/results/overlap.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, "overlap")
     parser.add_argument("--model", default="llama-3b", choices=sorted(checkpoints.SPECS))
-    parser.add_argument("--scratch", type=Path, default=default_scratch())
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--link", default="2GB", help="rate of the emulated link; two cores share copies and compute")
     parser.add_argument("--vram", default="5400MB", help="emulated device memory")
     parser.add_argument("--resident", default="84%", help="weights kept in memory for the CPU and disk case")
     parser.add_argument("--svg", type=Path, help="draw two steps of the emulated case")
-    parser.add_argument("--out", type=Path, default=RESULTS / "overlap.json")
     args = parser.parse_args()
     spec = checkpoints.SPECS[args.model]
     folder = checkpoints.make(spec, args.scratch)
@@ -88,7 +85,7 @@ def main() -> int:
     disk = one(folder, args.tokens, None, resident=args.resident)
     say(f"CPU and disk: wall {disk['wall_s']:.3f} s, ratio {disk['ratio']:.2f}")
     write_json(args.out, {
-        "kind": "overlap", "name": "overlap", "date": today(), "machine": machine(), "load_average_before": load,
+        **head("overlap", load),
         "model": args.model, "target_ratio": 1.10,
         "cases": {
             "emulated": {**emulated, "link": args.link, "vram": args.vram, "label": "emulated"},

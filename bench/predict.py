@@ -15,7 +15,6 @@ Errors are predicted over measured time, less 1. It compares with no other engin
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-from common import RESULTS, BenchError, default_scratch, load_average, machine, say, today, worker_env, write_json
+from common import BenchError, flags, head, load_average, run_script, say, today, worker_env, write_json
 
 DENSE, MOE = "llama-1b", "olmoe-2b"
 OVERHEAD = 640 << 20  # beside the weights: interpreter, libraries, KV and temporaries of these small runs
@@ -144,15 +143,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, default=default_scratch())
-    parser.add_argument("--out", type=Path, default=RESULTS / "predict.json")
+    parser = flags(__doc__, "predict", worker=2)
     parser.add_argument("--svg", type=Path, help="draw predicted against measured")
     parser.add_argument("--only", type=int, help="run the first so many cells")
     parser.add_argument(
         "--retake", metavar="MODEL:DEVICE", help="only these cells; the others stay as they are in --out"
     )
-    parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "CELL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
         print(json.dumps(worker(Path(args.worker[0]), json.loads(args.worker[1]))))
@@ -186,7 +182,7 @@ def main() -> int:
         rows = [taken.get(cell_key(r), r) for r in json.loads(args.out.read_text())["cells"]]
     total = summary(rows)
     write_json(args.out, {
-        "kind": "predict", "name": "predict", "date": today(), "machine": machine(), "load_average_before": load,
+        **head("predict", load),
         "targets": {"median": MEDIAN_TARGET, "p90": P90_TARGET}, "link": LINK, "profile": profiled,
         "summary": total, "cells": rows,
     })  # fmt: skip
@@ -250,8 +246,4 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BenchError as e:
-        say(f"error: {e}")
-        sys.exit(1)
+    run_script(main)

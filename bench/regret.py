@@ -8,28 +8,15 @@ best one's, less 1; a cell's own spread is the interquartile range of the planne
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import checkpoints
-from common import (
-    RESULTS,
-    BenchError,
-    default_scratch,
-    in_process,
-    load_average,
-    machine,
-    say,
-    today,
-    worker_env,
-    write_json,
-)
+from common import flags, head, in_process, load_average, run_script, say, worker_env, write_json
 from predict import DENSE, LINK, MOE, OVERHEAD, profile
 
 TARGET = 0.05
@@ -74,11 +61,7 @@ def worker(folder: Path, cell: dict[str, Any], choice: dict[str, int]) -> dict[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, default=default_scratch())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "regret.json")
-    parser.add_argument("--worker", nargs=3, metavar=("FOLDER", "CELL", "CHOICE"), help=argparse.SUPPRESS)
+    parser = flags(__doc__, "regret", rounds=3, worker=3)
     args = parser.parse_args()
     if args.worker is not None:
         folder, cell, choice = args.worker
@@ -93,7 +76,7 @@ def main() -> int:
             profile(folders[DENSE], device, env)
         out = {name: one(name, cell, folders[cell["model"]], args.rounds, env) for name, cell in CELLS.items()}
     write_json(args.out, {
-        "kind": "regret", "name": "regret", "date": today(), "machine": machine(), "load_average_before": load,
+        **head("regret", load),
         "rounds": args.rounds, "target": TARGET, "cells": out,
     })  # fmt: skip
     return 0
@@ -132,8 +115,4 @@ def _run(folder: Path, cell: dict[str, Any], choice: dict[str, int], env: dict[s
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BenchError as e:
-        say(f"error: {e}")
-        sys.exit(1)
+    run_script(main)

@@ -11,31 +11,17 @@ page cache, measured just before. What is left is the pass over the last token, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import disk
-from common import (
-    RESULTS,
-    BenchError,
-    default_scratch,
-    in_process,
-    load_average,
-    machine,
-    say,
-    today,
-    vm_kb,
-    worker_env,
-    write_json,
-)
+from common import BenchError, flags, head, in_process, load_average, run_script, say, vm_kb, worker_env, write_json
 from limit import drop_caches
 
 MODEL = "llama-1b"
@@ -156,14 +142,11 @@ def summary(stored: dict[str, Any], resumed: list[dict[str, Any]], prefilled: li
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, default=default_scratch(), help="checkpoints; the session is there too")
+    parser = flags(__doc__, "resume", scratch="checkpoints; the session is there too", worker="+")
     parser.add_argument("--model", default=MODEL, choices=sorted(checkpoints.SPECS))
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--keep-caches", action="store_true", help="leave the page cache alone")
-    parser.add_argument("--out", type=Path, default=RESULTS / "resume.json")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker is not None:
         what, *rest = args.worker
@@ -180,17 +163,12 @@ def main(argv: list[str] | None = None) -> int:
         model = longer(folder, args.tokens + ROOM, Path(tmp) / spec.name)
         found = run(model, args.tokens, args.reps, Path(tmp), keep_caches=args.keep_caches)
     write_json(args.out, {
-        "kind": "resume", "name": "resume", "date": today(), "machine": machine(), "load_average_before": load,
-        "load_average_after": load_average(), "model": args.model, "weight_bytes": spec.weight_bytes,
-        "tokens": args.tokens, "reps": args.reps, "target": TARGET, **found,
+        **head("resume", load), "load_average_after": load_average(), "model": args.model,
+        "weight_bytes": spec.weight_bytes, "tokens": args.tokens, "reps": args.reps, "target": TARGET, **found,
     })  # fmt: skip
     say(f"{found['summary']['ratio']:.1f} times sooner (target {TARGET:g})")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BenchError as e:
-        say(f"error: {e}")
-        sys.exit(1)
+    run_script(main)

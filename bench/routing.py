@@ -27,14 +27,15 @@ from typing import Any
 
 import checkpoints
 from common import (
-    RESULTS,
     ROOT,
     BenchError,
-    default_scratch,
+    flags,
+    head,
     in_process,
     load_average,
     machine,
     medians,
+    run_script,
     say,
     today,
     worker_env,
@@ -162,14 +163,10 @@ def adversaries(folder: Path, new: int) -> dict[str, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, default=default_scratch())
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = flags(__doc__, "routing", rounds=3, worker="+")
     parser.add_argument("--new-tokens", type=int, default=160)
     parser.add_argument("--slots", type=int, default=96, help="expert slots (of 192)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "routing.json")
     parser.add_argument("--guard-only", action="store_true", help="take only the guard cases again, into --out")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker is not None:
         print(json.dumps(_work(args.worker)))
@@ -211,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         bound = in_process(SCRIPT, env, "counted", tmp / "judge.npz", args.slots, args.new_tokens)
         guard = guard_cases(folder, tmp, env, args)
     write_json(args.out, {
-        "kind": "routing", "name": "routing", "date": today(), "machine": machine(), "load_average_before": load,
+        **head("routing", load),
         "rounds": args.rounds, "slots": args.slots, "experts": 192, "new_tokens": args.new_tokens,
         "checkpoint": checkpoints.SPECS[MODEL].config, "foreseen": foreseen, "ahead": deep, "rows": table,
         "counted": bound,
@@ -271,8 +268,4 @@ def _work(words: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BenchError as e:
-        say(f"error: {e}")
-        sys.exit(1)
+    run_script(main)

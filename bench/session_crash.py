@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, BenchError, load_average, machine, say, today, worker_env, write_json
+from common import RESULTS, ROOT, BenchError, head, load_average, say, worker_env, write_json
 
 FINGERPRINT, ARITHMETIC = "crash test", "float32"
 LAYERS, HEADS, WIDTH = 3, 2, 16
@@ -236,8 +236,7 @@ def main() -> int:
     except BenchError as e:
         say(f"error: {e}")
         return 1
-    write_json(args.out, {"kind": "session-crash", "name": "session-crash", "date": today(), "machine": machine(),
-                          "load_average_before": load, "seed": args.seed, **result, "wrong": 0})  # fmt: skip
+    write_json(args.out, {**head("session-crash", load), "seed": args.seed, **result, "wrong": 0})  # fmt: skip
     say(f"{result['kills']} kills, {result['turns']} turns saved, nothing lost; {args.out}")
     return 0
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from common import RESULTS, ROOT, BenchError, machine, say, today, write_json
+from common import RESULTS, ROOT, BenchError, machine, run_script, say, today, write_json
 
 MODEL = ROOT / "offload" / "models" / "demo-moe"
 SEED = 4_242  # neither training nor the model card's evaluation uses it
@@ -371,8 +371,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BenchError as e:
-        say(f"error: {e}")
-        sys.exit(1)
+    run_script(main)

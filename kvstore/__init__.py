@@ -12,7 +12,7 @@ from kvstore.prefixes import Match, PrefixStore
 from kvstore.pruning import Pruned
 from kvstore.ragged import RaggedCache, attend_ragged
 from kvstore.reserved import ReservedLayer, make_cache
-from kvstore.sessions import Session, Sessions, Summary, mismatch
+from kvstore.sessions import Session, Sessions, Summary
 from kvstore.sparse import SparseOptions
 from kvstore.states import Snapshot, rollback, spoil
 from kvstore.store import ChunkStore, KVBooks, KVDisk, chunk_tokens, slots_for
@@ -24,5 +24,5 @@ __all__ = [
     "NODE_TOKENS", "NO_LOSS", "ChunkStore", "CodedStore", "FewTokens", "KVBooks", "KVCodecs", "KVDisk", "KVLoss",
     "KVShape", "Layer", "Match", "PrefixStore", "Pruned", "RaggedCache", "ReservedLayer", "Rule", "Segment",
     "Session", "Sessions", "Snapshot", "SparseOptions", "Summary", "TieredCache", "TieredLayer", "WindowLayer",
-    "attend", "attend_ragged", "chunk_tokens", "make_cache", "mismatch", "rollback", "slots_for", "spoil",
+    "attend", "attend_ragged", "chunk_tokens", "make_cache", "rollback", "slots_for", "spoil",
 ]  # fmt: skip

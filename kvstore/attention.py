@@ -62,6 +62,7 @@ def partial(
 ) -> Tensors:  # fmt: skip
     """Attention of query [B, heads, Q, D] to keys [B, kv heads, n, D], values [B, kv heads, n, Dv] and no others.
 
+    Scores are scale·query·key, or with a softcap c: c·tanh(score / c) (Gemma 2, https://arxiv.org/abs/2408.00118).
     `mask` [Q, n] is True where a query sees a key. Returns out [B, heads, Q, Dv] and lse [B, heads, Q] (minus infinity
     for a query that sees none), in float32 or the type of the queries. `square`: queries and keys are the same tokens,
     and each sees those before it and itself; then no mask is needed.
@@ -77,7 +78,7 @@ def partial(
     # heads that share keys are further queries: nothing is repeated
     folded = query.reshape(batch, kv_heads, group * count, width)
     seen = mask.repeat(group, 1) if mask is not None else None
-    if query.device.type == "cpu" and rule.softcap is None:
+    if query.device.type == "cpu" and rule.softcap is None and keys.shape[2]:  # of no keys torch's kernel dies
         out, lse = _by_torch(folded, keys, values, rule.scale, seen)
     else:
         scores = (folded.float() @ keys.float().transpose(2, 3)).mul_(rule.scale)

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from kvstore.softmax import attend
+from kvstore.attention import Rule, partial
 
 GROUP = 64  # elements that share a low and a step
 _SHARED = torch.float16
@@ -213,7 +213,7 @@ def error(codec: KVCodec, keys: torch.Tensor, values: torch.Tensor, queries: int
     generator = torch.Generator().manual_seed(0)
     heads, _, width = keys.shape
     query = torch.randn(1, heads * queries, 1, width, generator=generator)
-    was, now = (attend(query, k[None], v[None], width**-0.5)[0] for k, v in zip(*pairs, strict=True))
+    was, now = (partial(query, k[None], v[None], Rule(width**-0.5))[0] for k, v in zip(*pairs, strict=True))
     relative = [_relative(*pair) for pair in (*pairs, (was, now))]
     return CodecError(max(float((a - b).abs().max()) for a, b in pairs), *relative)
 

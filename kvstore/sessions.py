@@ -195,21 +195,6 @@ class Sessions:
         return self.folder / (name + _SUFFIX)
 
 
-def mismatch(session: Session, fingerprint: str, arithmetic: str, model: str) -> str | None:
-    """One line that says why a session cannot go on with this model and arithmetic; None if it can."""
-    if session.fingerprint != fingerprint:
-        return (
-            f"--session {session.name} was held with {session.model or 'another model'}, not with {model} as it is "
-            "now; give that model, or another --session"
-        )
-    if session.arithmetic != arithmetic:
-        return (
-            f"--session {session.name} was computed as {session.arithmetic!r}, not {arithmetic!r}; give the same "
-            "options, or another --session"
-        )
-    return None
-
-
 def _absent(name: str) -> GoneError:
     return GoneError(f"there is no conversation {name!r}; `offload sessions list` shows those there are")
 

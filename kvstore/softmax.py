@@ -5,8 +5,9 @@ it, and the sum of the values so weighted (Milakov and Gimelshein 2018, https://
 attention has been computed by somebody else (a device, a fused kernel) joins by its log-sum-exp, as the splits of
 FlashDecoding do (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/).
 
-Plain torch, on any device. Decoding on a CPU adds chunks with a kernel that takes the three tensors; `attend` is the
-same for one part where there is no such kernel. Nothing here masks: parts hold only tokens that the query may see.
+Plain torch, on any device. Decoding on a CPU adds chunks with a kernel that takes the three tensors; where there is no
+such kernel `kvstore.attention.partial` computes a part, and `merge` adds it. Nothing here masks: parts hold only tokens
+that the query may see.
 """
 
 from __future__ import annotations
@@ -56,21 +57,3 @@ class AttentionState:
         total = self.total[..., None]
         out = (self.mixed / total).masked_fill(total == 0, 0)
         return out.unsqueeze(2), self.largest + self.total.log()
-
-
-def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, softcap: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of query [B, heads, 1, D] to all of keys [B, kv heads, n, D], values [B, kv heads, n, Dv], for `merge`:
-    out [B, heads, 1, Dv] float32 and lse [B, heads].
-
-    Scores are scale·query·key, or with `softcap` c: c·tanh(score / c) (Gemma 2, https://arxiv.org/abs/2408.00118).
-    """
-    batch, heads, _, width = query.shape
-    grouped = query.reshape(batch, keys.size(1), -1, width)  # heads that share keys and values, as rows of one product
-    scores = grouped.float() @ keys.float().transpose(-1, -2) * scale  # of bfloat16, products would be rounded
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
-    return (weights @ values.float()).view(batch, heads, 1, values.size(-1)), lse.view(batch, heads)

@@ -25,7 +25,7 @@ class RunConfig:
     kept in memory, bytes or a percentage of the model (None: as many as fit). `context`: tokens KV is reserved for
     (None: what fits, at most the model's own). `threads`: compute threads (None: all cores). `link`: rate of the
     emulated device's link, bytes per second. `trace`: file for a timeline. `overrides`: choices made by hand
-    (`offload.planning.placement.Overrides`). `graphs`: replay norms and MLPs of decode steps from CUDA graphs.
+    (`offload.planning.budgets.Overrides`). `graphs`: replay norms and MLPs of decode steps from CUDA graphs.
     `count_launches`: count kernel launches and host synchronisations of every pass, on a CUDA device; passes take much
     longer then. `expert_policy`, `expert_predictor`: which expert gives up its slot, and who foresees which are needed
     (`moe.choices`), `expert_depth` layers ahead. `expert_compute`: `both`, or `device` if the CPU is never to compute

@@ -23,9 +23,9 @@ from offload import hf, plan_cache
 from offload.checkpoint import INDEX, SINGLE, Checkpoint, read_checkpoint
 from offload.gather import Extent, Gather
 from offload.layout import LaidOut, ModelLayout, lay_out_model
+from offload.planning.budgets import Demand
 from offload.planning.facts import ModelFacts, facts_of
 from offload.planning.keys import KVDemand
-from offload.planning.placement import Demand
 from tiers import Block, ModelError
 
 _FP8_BLOCK = 128 * 128  # weights that share one float32 scale

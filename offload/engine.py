@@ -32,8 +32,9 @@ from offload.hierarchy import Hierarchy, Progress
 from offload.kv import KV
 from offload.layout import ExpertGroup
 from offload.planning import calibration
+from offload.planning.budgets import READERS, Budgets, Overrides
 from offload.planning.calibration import Calibration
-from offload.planning.placement import READERS, Budgets, Overrides, Plan
+from offload.planning.plan import Plan
 from offload.planning.predict import Prediction, Workload, predict
 from offload.planning.search import choose
 from offload.sizes import parse_part, parse_rate, parse_size

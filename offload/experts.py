@@ -32,9 +32,10 @@ from offload.config import RunConfig
 from offload.hierarchy import Hierarchy
 from offload.layout import ExpertGroup, LayerLayout, ModelLayout
 from offload.planning import calibration
+from offload.planning.budgets import READERS
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine, Rates
-from offload.planning.placement import READERS, Plan
+from offload.planning.plan import Plan
 from tiers import EvictionPolicy, Lease, ModelError, UsageError
 
 MAX_CORRECTION = 64 << 20  # bytes for what is learned of routers (`moe.gates`); models that need more go without

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from offload.layout import LaidOut, ModelLayout
-from offload.planning.placement import READERS, Plan, TierPlan, dense_blocks, expert_pools
+from offload.planning.budgets import READERS
+from offload.planning.placement import dense_blocks, expert_pools
+from offload.planning.plan import Plan, TierPlan
 from prefetch import CyclicSchedule, Prefetcher, ThrashGuard
 from tiers import (
     COPIES,

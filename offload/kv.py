@@ -36,7 +36,7 @@ from offload.config import RunConfig
 from offload.describe import Description
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine
-from offload.planning.placement import Plan
+from offload.planning.plan import Plan
 from offload.sizes import format_size, parse_budget, parse_size
 from tiers import CpuDevice, Device, DirectReader, Trace, TransferQueue, UsageError
 from tiers.folders import cache_folder

@@ -25,7 +25,7 @@ from offload.engine import Engine
 from offload.fingerprint import fingerprint
 from offload.history import History
 from offload.planning.explain import explain
-from offload.planning.placement import Plan
+from offload.planning.plan import Plan
 from offload.planning.predict import Workload
 from offload.sampling import Sampling
 from offload.sizes import parse_size

@@ -11,10 +11,10 @@ import torch
 from offload.describe import Description
 from offload.gather import Extent, Gather
 from offload.layout import ExpertGroup, LaidOut, LayerLayout, ModelLayout, Table
+from offload.planning.budgets import READERS, RESERVE, Budgets, Demand
 from offload.planning.facts import LayerFacts, ModelFacts
 from offload.planning.keys import KVDemand
 from offload.planning.machine import Machine, Rates
-from offload.planning.placement import READERS, RESERVE, Budgets, Demand
 from tiers import CHUNK, PAGE, Block
 
 MIB, GIB = 1 << 20, 1 << 30

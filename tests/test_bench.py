@@ -32,11 +32,13 @@ import common  # noqa: E402
 import compare  # noqa: E402
 import decode  # noqa: E402
 import disk  # noqa: E402
+import equality  # noqa: E402
 import gguf_write  # noqa: E402
 import gpu_check  # noqa: E402
 import limit  # noqa: E402
 import linears  # noqa: E402
 import llama_peer  # noqa: E402
+import misses  # noqa: E402
 import predict  # noqa: E402
 import regret  # noqa: E402
 import startup  # noqa: E402
@@ -67,7 +69,7 @@ def test_our_engine_chooses_what_the_resident_model_does(name: str, scratch: Pat
         assert mine["argmax"] == theirs["argmax"]
     # the library groups a prompt's experts otherwise than we do, and bf16 may round otherwise then
     assert all(
-        compare.ulps_below(float(row.max()), float(row[m])) <= 2 for m, row in zip(mine["argmax"], b, strict=True)
+        equality.ulps_below(float(row.max()), float(row[m])) <= 2 for m, row in zip(mine["argmax"], b, strict=True)
     )
     assert len(set(mine["argmax"])) > 3  # the choice depends on the input
     assert a.shape == b.shape == (7, 512)
@@ -212,30 +214,30 @@ def test_belady_is_never_worse_than_lru_and_right_on_a_cycle() -> None:
     cycle = list("abcd") * 5
     assert lru(cycle, 3) == 20
     # bypassing what is needed latest, each further round of the cycle misses once or twice, never all
-    assert compare.belady_misses(cycle, 3) == 4 + 4
-    assert compare.belady_misses(cycle, 4) == 4
+    assert misses.belady_misses(cycle, 3) == 4 + 4
+    assert misses.belady_misses(cycle, 4) == 4
     rng = random.Random(0)
     for _ in range(50):
         accesses = [rng.randrange(9) for _ in range(60)]
-        best = [compare.belady_misses(accesses, n) for n in range(1, 10)]
+        best = [misses.belady_misses(accesses, n) for n in range(1, 10)]
         assert all(b <= lru(accesses, n) for n, b in enumerate(best, 1))
         assert best == sorted(best, reverse=True)
         assert best[-1] == len(set(accesses))
 
 
 def lru(accesses: list[Any], slots: int) -> int:
-    return compare.lru_misses(accesses, slots)
+    return misses.lru_misses(accesses, slots)
 
 
 def test_lru_starts_warm() -> None:
-    assert compare.lru_misses([1, 2, 3], 2, warm=[3, 2, 1]) == 1
+    assert misses.lru_misses([1, 2, 3], 2, warm=[3, 2, 1]) == 1
 
 
 def test_ulps_are_counted_at_the_maximum() -> None:
     one = torch.tensor(4.0, dtype=torch.bfloat16)
     below = torch.nextafter(one * 1.5, torch.tensor(0.0, dtype=torch.bfloat16))
-    assert compare.ulps_below(float(one * 1.5), float(below)) == 1.0
-    assert compare.ulps_below(4.0, 4.0) == 0.0
+    assert equality.ulps_below(float(one * 1.5), float(below)) == 1.0
+    assert equality.ulps_below(4.0, 4.0) == 0.0
 
 
 def test_equality_of_logits(tmp_path: Path) -> None:
@@ -246,7 +248,7 @@ def test_equality_of_logits(tmp_path: Path) -> None:
     b[1] = torch.tensor([1.0, 1.5, 0.0])
     save_file({"logits": a}, tmp_path / "a")
     save_file({"logits": b[:2]}, tmp_path / "b")
-    found = compare.equality(tmp_path / "a", tmp_path / "b")
+    found = equality.equality(tmp_path / "a", tmp_path / "b")
     assert (found["positions"], found["equal"], found["bit_identical"]) == (2, 1, 1)
     assert found["least_cosine"] == pytest.approx(3.5 / (5 * 3.25) ** 0.5)
     assert found["worst_ulps"] == 1.0 / 2**-6  # bf16 numbers from 2 to 4 are 2⁻⁶ apart
@@ -502,7 +504,7 @@ def test_llama_cpp_is_measured_like_the_others(checkout: Path, scratch: Path) ->
     assert 0 < ran["base_rss_bytes"] <= ran["peak_rss_bytes"] < 1 << 30
     assert 0 < ran["load_s"] + ran["ttft_s"] < ran["start_to_first_token_s"] < 60
     assert ran["decode_tokens_per_s"] > 5 / 60
-    same = compare.equality(ran["logits"], ran["logits"])
+    same = equality.equality(ran["logits"], ran["logits"])
     assert (same["positions"], same["bit_identical"]) == (6, 6)
     # what tables and ratios read is there
     rows = compare.summarise([{**ran, "cache": "cold"}])
@@ -543,7 +545,7 @@ def test_llama_stream_frees_the_memory_held_and_stops_when_the_time_is_up(checko
         holder.kill()
     assert ended == -signal.SIGKILL, "what held the memory is ended first"
     assert json.loads(done.stdout)["new_tokens"] == 3
-    assert compare.equality(tmp_path / "l", tmp_path / "l")["positions"] == 3
+    assert equality.equality(tmp_path / "l", tmp_path / "l")["positions"] == 3
 
 
 def test_llama_cpp_version_and_what_a_checkout_lacks(checkout: Path, tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from moe import LayerUse
 from offload import hardware
 from offload.plan_cache import cache_folder
 from offload.planning import calibration
+from offload.planning.budgets import Overrides
 from offload.planning.calibration import Calibration, learn
 from offload.planning.machine import Machine
-from offload.planning.placement import Overrides, Plan
+from offload.planning.plan import Plan
 from offload.planning.predict import Prediction, Workload, predict
 from offload.planning.routing import EVEN, Routing
 from offload.planning.search import choose

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cli.main import main
-from offload.planning.placement import READERS
+from offload.planning.budgets import READERS
 
 ROOT = Path(__file__).parent.parent
 

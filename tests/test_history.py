@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,29 @@ def test_a_damaged_session_is_set_aside(chatty: Path, own_home: Path) -> None:
         assert list((own_home / "sessions").glob("c.damaged-*"))
         say(later, "w6")
         later.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"fingerprint": "other", "model": "demo-dense"}, "with demo-dense"), ({"arithmetic": "int4"}, "as int4")],
+)
+def test_a_session_of_another_model_is_told_in_one_line(chatty: Path, changes: dict[str, str], told: str) -> None:
+    with offload.load(chatty, context=256) as model:
+        talk = Conversation(model, session="c")
+        say(talk, "w5")
+        talk.close()
+        same = Conversation(model, session="c")
+        assert same.notes == []
+        same.close()
+        Sessions().save(replace(Sessions().get("c"), **changes))
+        later = Conversation(model, session="c")
+        (note,) = later.notes
+        assert "session c" in note and told in note and "computed again" in note and "\n" not in note
+        assert later.messages == talk.messages
+        say(later, "w6")
+        later.close()
+        known = Sessions().get("c")
+        assert (known.model, known.fingerprint, known.arithmetic) == (model.name, model.fingerprint, model.arithmetic)
 
 
 def test_generate_json_tells_what_was_reused(chatty: Path, capsys: pytest.CaptureFixture[str], own_home: Path) -> None:

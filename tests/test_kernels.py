@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import moe.experts
 import offload
-from kvstore.softmax import AttentionState, attend
+from kvstore.attention import Rule, partial
+from kvstore.softmax import AttentionState
 from moe import kernels
 from moe.kernels import Kernel, Matrices, load_from, matrices
 from offload import hf, native
@@ -545,16 +546,18 @@ def test_chunks_elsewhere(kernel: Kernel) -> None:
         q, k, v = held(6, 2, 300, 32, 16, dtype, batch=2)
         want, want_lse = exact(q, k, v, 0.4, softcap)
         mine = chunked(k[:, :, :100], v[:, :, :100], [64, 36])
-        theirs = [attend(q, k[:, :, i:j], v[:, :, i:j], 0.4, softcap) for i, j in ((100, 101), (101, 300))]
+        whole = q.float(), k.float(), v.float()
+        rule = Rule(0.4, softcap=softcap)
+        theirs = [partial(whole[0], *(t[:, :, i:j] for t in whole[1:]), rule) for i, j in ((100, 101), (101, 300))]
         later = AttentionState.empty(2, 6, 16)
         later.merge(torch.full((2, 6, 1, 16), torch.nan), torch.full((2, 6), -torch.inf))
         assert not later.total.any() and (later.result()[0] == 0).all() and (later.result()[1] == -torch.inf).all()
         for out, lse in theirs:
-            later.merge(out, lse)
+            later.merge(out, lse[..., 0])
         assert kernel.attend_chunks(q, mine, later.largest, later.total, later.mixed, 0.4, softcap)
         first = added(kernel, q, mine, 0.4, softcap)
         for out, lse in theirs:
-            first.merge(out, lse)
+            first.merge(out, lse[..., 0])
         for state in (first, later):
             out, lse = state.result()
             assert error(out, want) < 1e-5

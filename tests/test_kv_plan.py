@@ -22,10 +22,11 @@ from cli.picture import draw as draw_svg
 from offload import attention, hf
 from offload.describe import Description, describe_for_plan
 from offload.planning import cost
+from offload.planning.budgets import Budgets, Overrides
 from offload.planning.cost import Pass
 from offload.planning.keys import SHARES, WORTH
 from offload.planning.machine import Machine, described
-from offload.planning.placement import Budgets, Overrides, Plan
+from offload.planning.plan import Plan
 from offload.planning.predict import Workload, predict
 from offload.planning.routing import EVEN, PassMisses, draw
 from offload.planning.search import choose

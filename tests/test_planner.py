@@ -17,8 +17,9 @@ from families import build
 from planned import FIXED, GIB, MIB, PLENTY, description, facts, layer, machine, rates
 
 from offload.describe import Description, describe_for_plan
+from offload.planning.budgets import Budgets, Overrides
 from offload.planning.machine import Machine, Rates, described
-from offload.planning.placement import Budgets, Overrides, device_map
+from offload.planning.placement import device_map
 from offload.planning.predict import Workload
 from offload.planning.report import report
 from offload.planning.routing import EVEN, draw

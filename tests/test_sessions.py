@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cli.main import main
-from kvstore import Segment, Session, Sessions, mismatch
+from kvstore import Segment, Session, Sessions
 from kvstore import sessions as sessions_module
 from tiers import DamagedError, GoneError, StoreError, StoreFull, UsageError
 from tiers.folders import sessions_folder
@@ -205,17 +205,6 @@ def test_one_process_at_a_time_may_hold_a_conversation(home: Path) -> None:
     with two.hold("talk"):
         pass
     assert [s.name for s in one.list()] == []
-
-
-def test_another_model_is_told_in_one_line(home: Path) -> None:
-    session = make()
-    assert mismatch(session, "f", "float32", "demo-moe") is None
-    other = mismatch(session, "g", "float32", "demo-dense")
-    assert other is not None
-    assert "--session talk" in other and "demo-moe" in other and "demo-dense" in other and "\n" not in other
-    arithmetic = mismatch(session, "f", "bfloat16", "demo-moe")
-    assert arithmetic is not None
-    assert "float32" in arithmetic and "bfloat16" in arithmetic
 
 
 def test_what_a_conversation_needs_is_kept_until_it_is_removed(home: Path) -> None:

@@ -19,18 +19,10 @@ from offload.engine import Engine, Sequences
 from offload.gather import Extent, Gather
 from offload.hierarchy import Hierarchy
 from offload.layout import ExpertGroup, LaidOut, LayerLayout, ModelLayout, Table
-from offload.planning.placement import (
-    MIN_CONTEXT,
-    READERS,
-    RESERVE,
-    Budgets,
-    Demand,
-    Plan,
-    TierPlan,
-    dense_blocks,
-    expert_pools,
-    make_plan,
-)
+from offload.planning.budgets import READERS, RESERVE, Budgets, Demand
+from offload.planning.fit import MIN_CONTEXT, make_plan
+from offload.planning.placement import dense_blocks, expert_pools
+from offload.planning.plan import Plan, TierPlan
 from offload.sizes import ceil_mib, format_size, parse_size
 from tiers import CHUNK, PAGE, Arena, Block, BudgetError, DirectReader, EmulatedDevice, Pool, UsageError, page_up
 

@@ -1,5 +1,5 @@
 """Predicting speed: facts of a model, speeds of a machine, a plan on a virtual clock, and the search for the best.
 
 Pure functions of values; nothing here reads a weight, allocates an arena or measures. Where bytes fit is
-`offload.planning.placement`'s business, how fast that is is decided here.
+`offload.planning.fit`'s business, how fast that is is decided here.
 """

@@ -10,8 +10,8 @@ from offload.config import RunConfig
 from offload.describe import describe_for_plan
 from offload.engine import device_budget, make_device, ram_budget
 from offload.planning import calibration
+from offload.planning.budgets import Budgets, Overrides
 from offload.planning.machine import Machine, described
-from offload.planning.placement import Budgets, Overrides
 from offload.planning.predict import Workload
 from offload.planning.report import Report, report
 from offload.planning.routing import EVEN

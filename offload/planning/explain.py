@@ -5,7 +5,7 @@ from __future__ import annotations
 from offload.describe import Description
 from offload.planning.calibration import Calibration
 from offload.planning.machine import Machine
-from offload.planning.placement import Plan
+from offload.planning.plan import Plan
 from offload.planning.predict import Prediction, Workload
 from offload.planning.report import tell
 from offload.planning.search import Chosen

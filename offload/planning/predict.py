@@ -11,7 +11,7 @@ from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
 from offload.planning.keys import KVTiers
 from offload.planning.machine import Machine
-from offload.planning.placement import Plan, TierPlan
+from offload.planning.plan import Plan, TierPlan
 from offload.planning.routing import EVEN, PassMisses, Routing, draw
 from offload.planning.timeline import Placement, Streams, Timeline, Usage
 

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload.describe import Description
+from offload.planning.budgets import Budgets, Overrides
 from offload.planning.facts import ModelFacts
 from offload.planning.machine import Machine, Rates
-from offload.planning.placement import Budgets, Overrides, Plan, TierPlan, device_map
+from offload.planning.placement import device_map
+from offload.planning.plan import Plan, TierPlan
 from offload.planning.predict import Prediction, Workload, last_step, predict
 from offload.planning.routing import EVEN, Routing
 from offload.planning.search import Chosen, choose

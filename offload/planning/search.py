@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 
 from offload.describe import Description
 from offload.planning import cost
+from offload.planning.budgets import Budgets, Overrides
 from offload.planning.cost import Pass
 from offload.planning.facts import ModelFacts
+from offload.planning.fit import Scores, Use, make_plan
 from offload.planning.keys import KVTiers
 from offload.planning.machine import Machine
-from offload.planning.placement import Budgets, Overrides, Plan, Scores, TierPlan, Use, make_plan
+from offload.planning.plan import Plan, TierPlan
 from offload.planning.predict import ALL, Prediction, Workload, chunks_of, placement, predict, simulate
 from offload.planning.routing import EVEN, Routing, absent, crowded, draw
 from offload.planning.timeline import Placement

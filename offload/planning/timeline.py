@@ -16,10 +16,10 @@ from typing import NamedTuple
 from moe import Need, Place, Speeds, divide
 from moe.beside import FASTER
 from offload.planning import cost
+from offload.planning.budgets import READERS
 from offload.planning.cost import Pass
 from offload.planning.facts import LayerFacts, ModelFacts
 from offload.planning.machine import Machine
-from offload.planning.placement import READERS
 from offload.planning.routing import BLIND, PassMisses, Routing
 from prefetch import CyclicSchedule, Prefetcher
 from tiers import CHUNK, NextUse
