@@ -13,7 +13,28 @@ from offload.sizes import parse_budget, parse_rate, parse_size
 from tiers import UsageError
 
 DEVICES = ("auto", "cuda", "cpu", "emulated")
+USUAL = 512  # tokens of a sequence of which nobody has said more
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be run: `requests` sequences of `prompt_tokens` that are continued by `new_tokens`, on average.
+
+    `longest` tokens, of the prompt and new, is the most that one of them takes. `sequences` of them run at once (None:
+    as many as are predicted to be fastest).
+    """
+
+    requests: int
+    prompt_tokens: int
+    new_tokens: int
+    longest: int = 0
+    sequences: int | None = None
+
+    @property
+    def each(self) -> int:
+        """Tokens of a sequence at its end, on average."""
+        return self.prompt_tokens + self.new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +62,7 @@ class RunConfig:
     share what they may attend to by how their attention is spread over the prompt.
     `kv_codec`: `int8` or `int4`, which change what the model says: how keys and values are coded that leave memory; for
     each tier `ram=int8,disk=int4`, where `ram` codes those that stay, too (`kvstore.cold`).
+    `batch`: the plan is made for a batch job, of which so many sequences run at once, or for one that is described.
     """
 
     ram: str | int | None = None
@@ -68,6 +90,7 @@ class RunConfig:
     kv_policy: str = DEFAULT_SELECTOR
     kv_by_layer: bool = False
     kv_codec: str | None = None
+    batch: int | Job | None = None
 
     def __post_init__(self) -> None:
         for flag, size in (("--ram", self.ram), ("--vram", self.vram)):
@@ -92,7 +115,8 @@ class RunConfig:
         checked(self.expert_predictor, PREDICTORS, "--expert-predictor")
         checked(self.expert_compute, ("both", "device"), "--expert-compute")
         for flag, value in (
-            ("--context", self.context), ("--threads", self.threads), ("--expert-depth", self.expert_depth)
+            ("--context", self.context), ("--threads", self.threads), ("--expert-depth", self.expert_depth),
+            ("--batch", None if isinstance(self.batch, Job) else self.batch),
         ):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{flag}: {value!r} is not a whole number above zero")
@@ -103,6 +127,14 @@ class RunConfig:
         ):
             if not isinstance(on, bool):
                 raise UsageError(f"{name}: {on!r} is neither True nor False")
+
+    @property
+    def job(self) -> Job | None:
+        """What `batch` asks to plan for: of a number of sequences alone, usual ones, as long as `context` has room."""
+        if self.batch is None or isinstance(self.batch, Job):
+            return self.batch
+        each = USUAL if self.context is None else max(2, self.context // self.batch)
+        return Job(self.batch, each - each // 4, each // 4, each, self.batch)
 
     @classmethod
     def of(cls, options: Mapping[str, Any], max_memory: Mapping[Any, str | int] | None = None) -> RunConfig:

@@ -7,6 +7,7 @@ weights the authors ship, whatever their format, and where their bytes lie is le
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -49,6 +50,18 @@ class Description:
         """KV of several sequences counts together, each as long as the model allows."""
         own = hf.Shape.of(self.config).max_context
         return replace(self, demand=replace(self.demand, max_context=own * batch))
+
+    def for_job(self, sequences: int) -> Description:
+        """Sequences of any lengths that run together, all counted as one context."""
+        own, demand = self.demand.kv, self.for_batch(sequences).demand
+        row = 3 * 4 * hf.Shape.of(self.config).vocab
+        kv = functools.partial(_each, own, sequences)
+        return replace(self, demand=replace(demand, kv=kv, job=sequences, row=row))
+
+
+def _each(kv: Callable[[int], int], sequences: int, tokens: int) -> int:
+    """Bytes of what `sequences` keep of so many tokens together: windows and states are each one's own."""
+    return sequences * kv(-(-tokens // sequences))
 
 
 def describe(folder: Path, dtype_name: str = "auto") -> Description:

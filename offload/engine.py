@@ -21,10 +21,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from kvstore import RaggedCache, TieredCache, spoil
+from kvstore.chunks import LEAST_TOKENS
 from moe import LayerExperts, grouped, kernels
 from offload import graphs, hardware, hf, launches, native
 from offload.binding import Binder
-from offload.config import RunConfig
+from offload.config import Job, RunConfig
 from offload.describe import describe
 from offload.embedding import RowReader
 from offload.experts import Experts, views_of
@@ -37,6 +38,7 @@ from offload.planning.calibration import Calibration
 from offload.planning.plan import Plan
 from offload.planning.predict import Prediction, Workload, predict
 from offload.planning.search import choose
+from offload.planning.throughput import Rate, choose_job
 from offload.sizes import parse_part, parse_rate, parse_size
 from offload.stats import RequestStats, StepStats
 from tiers import (
@@ -116,7 +118,17 @@ class Engine:
         workload = Workload()
         if config.context is not None:  # who asks for so many tokens will have them
             workload = replace(workload, past_tokens=max(0, config.context - workload.context))
-        self.plan: Plan = choose(description, budgets, machine, workload, self.calibration.routing, overrides).plan
+        self.rates: tuple[Rate, ...] = ()  # of a batch job: what is expected of one number of sequences and another
+        self.rate: Rate | None = None  # and of that which the plan is made for
+        job = config.job
+        if job is None:
+            self.plan: Plan = choose(description, budgets, machine, workload, self.calibration.routing, overrides).plan
+        else:
+            found = choose_job(
+                description, functools.partial(_job_budgets, budgets, job), machine, job, self.calibration.routing,
+                overrides,
+            )  # fmt: skip
+            self.plan, self.rate, self.rates = found.plan, found.rate, found.others
         self.kv = KV(description, config, self.plan)
         self.steps: list[StepStats] = []
         self.trace = Trace() if config.trace is not None else None
@@ -457,6 +469,13 @@ def device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
     if config.vram is None:
         raise UsageError("--device emulated needs --vram, the size of the memory to emulate")
     return 0, parse_size(config.vram, of=mem.available(), flag="--vram")
+
+
+def _job_budgets(budgets: Budgets, job: Job, sequences: int) -> Budgets:
+    """Room for so many sequences: whole chunks, and for the longest of them."""
+    each = -(-job.each // LEAST_TOKENS) * LEAST_TOKENS + LEAST_TOKENS
+    context = budgets.context or max(sequences * each, job.longest + LEAST_TOKENS)
+    return replace(budgets, context=context, kv_below=True)
 
 
 def _kv_resident(config: RunConfig) -> int | float | None:

@@ -18,7 +18,8 @@ class Demand:
     """What a model asks of memory beside its weights, as functions of tokens.
 
     `kv` and `activations` hold where all keys and values are in memory; `tiered` where some are on disk (None: those of
-    this family cannot be).
+    this family cannot be). `job`: so many sequences of any lengths run together, their keys and values in chunks if
+    they can be; each beyond the first has `row` bytes of logits.
     """
 
     kv: Callable[[int], int]
@@ -26,6 +27,8 @@ class Demand:
     max_context: int
     whole_prompt: bool = False  # prompts of this family must be computed in one pass
     tiered: KVDemand | None = None
+    job: int | None = None
+    row: int = 0
 
     def way(self, asked: int | float | None, *, below: bool = False) -> Way:
         """Keep `asked`, bytes or a share, of keys and values in memory (None: all); in that `below` a device's."""
@@ -45,15 +48,19 @@ class Demand:
 
         Nobody asked to have them on disk who did not say how long the context is to be.
         """
+        below = budgets.kv_below and budgets.vram is not None
         if budgets.kv_resident is not None:
-            return [self.way(budgets.kv_resident, below=budgets.kv_below and budgets.vram is not None)]
-        ways = [self.way(None)]
+            return [self.way(budgets.kv_resident, below=below)]
+        chunked = self.job is not None and self.tiered is not None
+        ways = [self.way(1.0 if chunked else None, below=below)]
         if self.tiered is None or budgets.context is None:
             return ways
         context = min(budgets.context, self.max_context)
         whole, ring = self.tiered.whole(context), self.tiered.ring(context)
+        if below:  # what RAM has left is theirs, whatever that is
+            return ways
         fewer = [self.way(int(whole * share) + ring) for share in SHARES]
-        return ways + [w for w in fewer if w.kv(context) < self.kv(context)]  # windows may keep less than a share is
+        return ways + [w for w in fewer if w.kv(context) < ways[0].kv(context)]  # windows may keep less than a share is
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ def make_plan(
 
     def overhead(tokens: int, chunk: int, way: Way) -> tuple[int, int]:
         chunk = tokens if demand.whole_prompt else min(chunk, tokens)
-        return way.kv(tokens), way.activations(chunk, tokens)
+        rows = demand.job or 1
+        return way.kv(tokens), way.activations(max(chunk, rows), tokens) + (rows - 1) * demand.row
 
     def host_kv(tokens: int) -> int:
         """What RAM holds, at least, of keys and values that are not all on the device."""

@@ -46,8 +46,12 @@ def choose(
     workload: Workload,
     routing: Routing = EVEN,
     overrides: Overrides | None = None,
+    widest: int | None = None,
 ) -> Chosen:
-    """The best plan for `workload`. Raises `BudgetError`, `UsageError` as `make_plan` does."""
+    """The best plan for `workload`, whose passes are of `widest` tokens at most (None: of all prompts together).
+
+    Raises `BudgetError`, `UsageError` as `make_plan` does.
+    """
     facts = described.facts
     bound = _Bound(facts, machine, workload, routing)
 
@@ -60,7 +64,7 @@ def choose(
             known[key] = simulate(facts, where, use.chunk, machine, workload, routing)[0].total_s(workload)
         return known[key]
 
-    scores = Scores(bound, exact, workload.batch * workload.prompt_tokens)
+    scores = Scores(bound, exact, widest or workload.batch * workload.prompt_tokens)
     plan = make_plan(described.layout, described.demand, budgets, scores, overrides)
     return Chosen(plan, predict(facts, plan, machine, workload, routing), workload)
 
