@@ -11,7 +11,6 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +82,10 @@ class Constraint:
             self._check()
             raise StructureError(f"{PARAM}: the tokens do not follow the schema")
 
+    def copy(self) -> Constraint:
+        """Another one at the same place, that goes its own way."""
+        return Constraint(self._matcher.deep_copy(), self._vocab)
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise StructureError(f"{PARAM}: the schema is too complex here: {self._matcher.get_error()}")
@@ -111,7 +114,10 @@ class Grammars:
         schema = schema_of(response_format)
         if schema is None:
             return None
-        key = json.dumps(schema, ensure_ascii=False)  # in its order: properties come in it
+        try:
+            key = json.dumps(schema, ensure_ascii=False)  # in its order: properties come in it
+        except (RecursionError, TypeError, ValueError) as e:
+            raise StructureError(f"{PARAM}: the schema is not JSON: {e}") from e
         with self._lock:
             matcher = self._compiled.get(key)
             if matcher is None:
@@ -213,7 +219,9 @@ def _guard(schema: dict[str, Any], text: str) -> None:
     levels = _levels(schema)
     if levels > LEVELS:
         raise StructureError(f"{PARAM}: the schema and what it refers to are {levels} levels deep; {LEVELS} can be")
-    multiples = [Fraction(Decimal(str(v))) for v in _values(schema, "multipleOf") if _is_number(v)]
+    # a float's shortest decimal is what was written
+    given = [v for v in _values(schema, "multipleOf") if _is_number(v)]
+    multiples = [Fraction(v) if isinstance(v, int) else Fraction(repr(v)) for v in given]
     if multiples:
         unit = math.lcm(*(m.denominator for m in multiples))
         if math.lcm(*(int(m * unit) for m in multiples)) > MULTIPLES:
@@ -261,4 +269,6 @@ def _values(schema: Any, key: str) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    if isinstance(value, float):
+        return math.isfinite(value) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
