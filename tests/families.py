@@ -1,4 +1,7 @@
-"""The families the parity suite runs: a tiny random model each. A new family costs a line in `FAMILIES`."""
+"""The families the parity suite runs: a tiny random model each, and words for them.
+
+A new family costs a line in `FAMILIES`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 160
+TEMPLATE = "{% for m in messages %}{{ 'w4 ' if m.role == 'user' else 'w5 ' }}{{ m.content }} {% endfor %}w5"
 _BASE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -76,3 +81,22 @@ def save(model: PreTrainedModel, folder: Path, **kwargs: Any) -> PreTrainedModel
     """Write the checkpoint and return what transformers itself loads from it, fully resident."""
     model.save_pretrained(folder, **kwargs)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word per token: w0, w1, …"""
+    # transformers' stop strings feel out a tokenizer with the word "abcdef", so there must be one
+    special = {0: "<pad>", 2: "</s>", 3: "abcdef"}
+    words = {special.get(i, f"w{i}"): i for i in range(VOCAB)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="abcdef"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="abcdef")
+
+
+def chatty(model: PreTrainedModel, folder: Path, template: str = TEMPLATE) -> Path:
+    """Write the checkpoint with a tokenizer and a chat template; returns its folder."""
+    model.save_pretrained(folder)
+    words = tokenizer()
+    words.chat_template = template
+    words.save_pretrained(folder)
+    return folder

@@ -213,18 +213,11 @@ def test_ctrl_c_ends_a_run_with_130(wide_dense: Path, device: str) -> None:
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a chat template, whose answers run on until the context ends."""
-    from families import build
-    from test_model import TEMPLATE
-    from test_parity import tokenizer
+    import families
 
-    folder = tmp_path_factory.mktemp("chatty")
-    model = build("llama", max_position_embeddings=2048)
+    model = families.build("llama", max_position_embeddings=2048)
     model.generation_config.eos_token_id = 0
-    model.save_pretrained(folder)
-    tok = tokenizer()
-    tok.chat_template = TEMPLATE
-    tok.save_pretrained(folder)
-    return folder
+    return families.chatty(model, tmp_path_factory.mktemp("chatty"))
 
 
 def test_ctrl_c_in_chat_stops_the_answer_and_at_the_prompt_it_leaves(chatty: Path) -> None:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from families import FAMILIES, VOCAB, build, save
-from test_parity import tokenizer
 from transformers import PreTrainedModel
 
 import offload
@@ -44,12 +44,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chatty")
-    save(build("llama"), folder)
-    words = tokenizer()
-    words.chat_template = CHAT
-    words.save_pretrained(folder)
-    return folder
+    return families.chatty(build("llama"), tmp_path_factory.mktemp("chatty"), CHAT)
 
 
 def greedy(oracle: PreTrainedModel, ids: list[int], n: int = NEW) -> list[int]:

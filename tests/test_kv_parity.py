@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB, build, save
-from test_model import TEMPLATE
-from test_parity import BF16_ULPS, tokenizer
+from families import FAMILIES, TEMPLATE, VOCAB, build, save, tokenizer
+from test_parity import BF16_ULPS
 from transformers import DynamicCache, PreTrainedModel
 
 import offload

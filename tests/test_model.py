@@ -13,25 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCAB, build, save
-from test_parity import tokenizer
+from families import VOCAB, build, chatty, save, tokenizer
 from transformers import PreTrainedModel
 
 import offload
 from offload.model import Conversation
 from tiers import EmulatedDevice
 
-TEMPLATE = "{% for m in messages %}{{ 'w4 ' if m.role == 'user' else 'w5 ' }}{{ m.content }} {% endfor %}w5"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save(build("qwen3_moe"), path)
-    tok = tokenizer()
-    tok.chat_template = TEMPLATE
-    tok.save_pretrained(path)
-    return path
+    return chatty(build("qwen3_moe"), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

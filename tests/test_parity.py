@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB, build, save
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from families import FAMILIES, VOCAB, build, save, tokenizer
+from transformers import DynamicCache, PreTrainedModel
 
 import offload
 from offload import Model
@@ -28,15 +27,6 @@ class Case:
     oracle: PreTrainedModel
     prompts: list[list[int]]
     smallest: int
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    # transformers' stop strings feel out a tokenizer with the word "abcdef", so there must be one
-    special = {0: "<pad>", 2: "</s>", 3: "abcdef"}
-    words = {special.get(i, f"w{i}"): i for i in range(VOCAB)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="abcdef"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="abcdef")
 
 
 def load(case: Case, resident: int | str, **options: Any) -> Model:
