@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -86,6 +87,7 @@ class KV:
         self.tiered = plan.kv_tiered
         tiered = description.demand.tiered
         self._can_tier = tiered is not None
+        self._widest = max((y.kv_bytes for y in description.facts.layers if y.spills), default=1)  # of a token
         # what the plan reserves, less what other layers keep
         self._reserved = plan.kv - (tiered.others(plan.context) if tiered is not None else 0)
         self._below = plan.kv_host if plan.device is not None else None
@@ -188,6 +190,11 @@ class KV:
         layers = attention.cache_layers(self._hf_config)
         return self._can_tier and all(layer is None or isinstance(layer, int) for layer in layers)
 
+    def chunk_of(self, each: int) -> int:
+        """Tokens of a chunk of sequences that grow to `each`."""
+        shape = KVShape(1, self._widest, 0, torch.uint8)
+        return self._chunk or chunk_tokens(shape, each, sparse=self.sparse is not None)
+
     @contextmanager
     def ragged(self, sequences: int, each: int) -> Iterator[RaggedCache]:
         """A cache for `sequences` at once that grow to `each` tokens on average, in what the plan sets aside for keys
@@ -200,8 +207,7 @@ class KV:
         disk = self._disk
 
         def make(shape: KVShape, batch: int) -> ChunkStore:
-            tokens = self._chunk or chunk_tokens(shape, each, sparse=self.sparse is not None)
-            left = room
+            tokens, left = self.chunk_of(each), room
             if self.sparse is not None:
                 left -= len(layers) * sequences * self.sparse.abstract_nbytes(shape, each, tokens)
             return self._store_kind(

@@ -34,6 +34,7 @@ from tiers import DamagedError, Interrupted, ModelError, UsageError
 from tiers import memory as mem
 
 DEFAULT_NEW_TOKENS = 256
+_NO_TOKEN = -1  # for None, transformers would take the model's own
 __all__ = ["Conversation", "Generation", "Message", "Model"]
 
 
@@ -305,7 +306,7 @@ class Model:
         pad = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
         config.update(
             max_new_tokens=room, do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=num_beams,
-            pad_token_id=pad, eos_token_id=sorted(ends) or None, return_dict_in_generate=False,
+            pad_token_id=pad, eos_token_id=sorted(ends) or [_NO_TOKEN], return_dict_in_generate=False,
             max_length=None, cache_implementation=None,
         )  # fmt: skip
         tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
