@@ -16,7 +16,7 @@ from offload.stats import StepStats
 
 
 @dataclass(eq=False, slots=True)
-class Answer:
+class Task:
     """One choice of one request: `prompt` continued by what `chooser` chooses, which may have chosen some already.
 
     `owner` is the asker's; `reused` tokens of the prompt were not computed for it.
@@ -59,12 +59,12 @@ class Runner(Protocol):
 
     progress: Progress
 
-    def run(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+    def run(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """Each answer, as soon as it has ended. Raises `Interrupted`, `ReadError`; what had not ended is lost then."""
         ...
 
     @property
-    def running(self) -> list[Answer]:
+    def running(self) -> list[Task]:
         """Those that have begun and not ended."""
         ...
 
@@ -93,13 +93,13 @@ class RaggedRunner:
         self.progress = Progress()
 
     @property
-    def running(self) -> list[Answer]:
+    def running(self) -> list[Task]:
         """See `Runner`."""
-        return [_answer(m) for m in self._schedule.members if not m.gone]
+        return [_task(m) for m in self._schedule.members if not m.gone]
 
-    def run(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+    def run(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """See `Runner`."""
-        source = iter(answers)
+        source = iter(tasks)
         upcoming = next(source, None)
         while True:
             while upcoming is not None and self._schedule.takes(upcoming):
@@ -112,7 +112,7 @@ class RaggedRunner:
             for member in self._pass():
                 if self._schedule.leave(member, upcoming.front if upcoming is not None else None):
                     self._forget(member)
-                yield _answer(member)
+                yield _task(member)
 
     def close(self) -> None:
         """See `Runner`."""
@@ -130,16 +130,16 @@ class RaggedRunner:
         stats = self._engine.steps.pop()
         due = schedule.passed(parts)
         for member, count in parts:
-            if not _answer(member).chooser.tokens:
+            if not _task(member).chooser.tokens:
                 progress.computed += count
-        choosers = [_answer(m).chooser for m in due]
+        choosers = [_task(m).chooser for m in due]
         chosen = choose_all(choosers, logits[: len(due)]) if due else []
         ended = []
         for member, token in zip(due, chosen, strict=True):
             if token is not None:
                 progress.generated += 1
                 member.todo.append(token)
-            if _answer(member).chooser.finish is not None:
+            if _task(member).chooser.finish is not None:
                 ended.append(member)
         progress.passes += 1
         progress.step += stats
@@ -154,8 +154,8 @@ class RaggedRunner:
         for member in self._schedule.beginning():
             if member.donor is not None and member.shared:
                 self._sequences[member] = self._cache.fork(self._sequences[member.donor], member.shared)
-                _answer(member).reused = min(member.shared, len(_answer(member).prompt))
-                self.progress.reused += _answer(member).reused
+                _task(member).reused = min(member.shared, len(_task(member).prompt))
+                self.progress.reused += _task(member).reused
             else:
                 self._sequences[member] = self._cache.new_sequence()
             self._forget(self._schedule.began(member))
@@ -166,6 +166,6 @@ class RaggedRunner:
             sequence.reset()
 
 
-def _answer(member: Member) -> Answer:
-    assert isinstance(member.answer, Answer)
+def _task(member: Member) -> Task:
+    assert isinstance(member.answer, Task)
     return member.answer

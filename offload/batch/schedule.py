@@ -18,7 +18,7 @@ from typing import Protocol
 LEAST_SHARED = 16  # tokens: a shorter common front is not worth waiting for
 
 
-class Answering(Protocol):
+class Tasked(Protocol):
     """What the schedule wants to know of an answer."""
 
     @property
@@ -40,7 +40,7 @@ class Member:
     counted as its own.
     """
 
-    answer: Answering
+    answer: Tasked
     todo: list[int]
     donor: Member | None = None
     shared: int = 0
@@ -71,14 +71,14 @@ class Schedule:
         shared = common(self.last.answer.front, front, len(front) - 1)
         return shared if shared >= LEAST_SHARED else 0
 
-    def takes(self, answer: Answering) -> bool:
+    def takes(self, answer: Tasked) -> bool:
         """Whether another sequence may join now; one that is alone always may."""
         running = sum(not m.gone for m in self.members)
         if not running:
             return True
         return running < self.most and self.reserved + self._need(answer, self.share(answer.front)) <= self._room
 
-    def join(self, answer: Answering) -> tuple[Member, Member | None]:
+    def join(self, answer: Tasked) -> tuple[Member, Member | None]:
         """Let it take part; returns its member, and the trunk if nobody needs that any more."""
         shared = self.share(answer.front)
         donor = self.last if shared else None
@@ -143,7 +143,7 @@ class Schedule:
         self.last = None
         return last
 
-    def _need(self, answer: Answering, shared: int) -> int:
+    def _need(self, answer: Tasked, shared: int) -> int:
         """Tokens of memory: whole chunks, and those shared only if they are begun anew."""
         whole = -(-(len(answer.front) + answer.left) // self._chunk) * self._chunk
         return whole - shared // self._chunk * self._chunk
