@@ -1,0 +1,1 @@
+"""The offline batch job runner: many requests in a file, every one answered exactly once."""
