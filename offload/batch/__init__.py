@@ -1,1 +1,1 @@
-"""Batch jobs: files of requests in, files of answers out; throughput first, nothing lost."""
+"""The offline batch job runner: many requests in a file, every one answered exactly once."""
