@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from offload.batch.choosing import Choice, Chooser, choose_all, sampling_of
@@ -141,7 +141,7 @@ def test_stop_strings_are_found_whatever_the_token_boundaries(text: str, data: s
     rng = random.Random(seed)
     at = data.draw(st.integers(0, len(text) - 1))
     inside = text[at : at + data.draw(st.integers(1, 6))]
-    stops = data.draw(st.lists(TEXT.map(lambda t: t[:4]), max_size=2)) + [inside]
+    stops = [*data.draw(st.lists(TEXT.map(lambda t: t[:4]), max_size=2)), inside]
     tokens = cut_up(text.encode(), rng)
     for _ in range(rng.randrange(3)):
         tokens.insert(rng.randrange(len(tokens) + 1), rng.choice([1260, 1263, 1270]))  # neither has any text
@@ -221,6 +221,21 @@ def test_a_row_gives_the_token_that_generate_gives(
     sampling = Sampling(temperature, top_k, top_p, seed)
     before = torch.zeros(1, 3 + position, dtype=torch.long)
     assert sampling.choose(row, position) == int(sampling.processors(3)(before, row.float()[None])[0].argmax())
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 11}, {"stop": ("e",)}])
+def test_an_answer_is_what_generate_gives(how: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    ids = demo()("Once upon a time", return_tensors="pt")["input_ids"]
+    it = chooser(request(**how), limit=24)
+    stops = {"stop_strings": list(it._stops), "tokenizer": demo()} if it._stops else {}
+    with torch.inference_mode():
+        want = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=END, pad_token_id=0,
+                              logits_processor=it.sampling.processors(ids.shape[1]), **stops)  # fmt: skip
+        while it.finish is None:
+            it.choose(model(torch.cat([ids, torch.tensor([it.tokens], dtype=torch.long)], dim=1)).logits[0, -1])
+    assert it.tokens == want[0, ids.shape[1] :].tolist()
+    assert len(it.tokens) > 1
 
 
 def test_samples_follow_the_distribution() -> None:

@@ -42,7 +42,7 @@ def grammars() -> Grammars:
 def closers() -> torch.Tensor:
     """Tokens that bring a document nearer to its end: else random ones may write numbers for ever."""
     texts = [demo().decode([i]) for i in range(WIDTH)]
-    return torch.tensor([i for i, t in enumerate(texts) if t and t[0] in '",]}' or i == END])
+    return torch.tensor([i for i, t in enumerate(texts) if (t and t[0] in '",]}') or i == END])
 
 
 def form(schema: Any) -> dict[str, Any]:
@@ -92,11 +92,15 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
 
 
 LEAVES = st.one_of(
-    st.builds(lambda a, b: {"type": "string", "minLength": a, "maxLength": a + b}, st.integers(0, 3), st.integers(0, 5)),
+    st.builds(
+        lambda a, b: {"type": "string", "minLength": a, "maxLength": a + b}, st.integers(0, 3), st.integers(0, 5)
+    ),
     st.builds(lambda a: {"type": "integer", "minimum": a, "maximum": 99}, st.integers(-50, 99)),
     st.sampled_from([{"type": "number"}, {"type": "boolean"}, {"type": "null"}]),
-    st.builds(lambda e: {"enum": e}, st.lists(st.sampled_from(["x", "é\n", "你", "😀", 1, None, True]),
-                                              min_size=1, max_size=3, unique=True)),  # fmt: skip
+    st.builds(
+        lambda e: {"enum": e},
+        st.lists(st.sampled_from(["x", "é\n", "你", "😀", 1, None, True]), min_size=1, max_size=3, unique=True),
+    ),
 )
 
 
@@ -109,8 +113,12 @@ SCHEMAS = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
         st.builds(_object, st.dictionaries(st.sampled_from(["a", "b c", "é", '"']), inner, max_size=3), st.booleans()),
-        st.builds(lambda i, a, b: {"type": "array", "items": i, "minItems": a, "maxItems": a + b},
-                  inner, st.integers(0, 2), st.integers(0, 2)),  # fmt: skip
+        st.builds(
+            lambda i, a, b: {"type": "array", "items": i, "minItems": a, "maxItems": a + b},
+            inner,
+            st.integers(0, 2),
+            st.integers(0, 2),
+        ),
         st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=2)),
     ),
     max_leaves=5,

@@ -33,6 +33,8 @@ MULTIPLES = 100_000
 # one to two kB each, of every sequence
 LEXER_STATES = 50_000
 SYMBOLS = 50_000  # in a grammar; it cannot have more than 65,525 in the end
+# what the first schema takes beside the model, per token of the vocabulary, and stays: a trie and a tokenizer
+BYTES_PER_TOKEN = 900
 # what may stand between two tokens of JSON. Without a bound, a model that likes spaces never ends
 BLANK = r"[\x20\x0A\x0D\x09]{1,32}"
 
