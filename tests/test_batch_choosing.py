@@ -22,7 +22,7 @@ from offload.batch.requests import Options, Request
 from offload.batch.responses import response_body
 from offload.batch.structure import Grammars
 from offload.batch.vocabulary import Vocabulary, byte_alphabet
-from offload.sampling import Sampling
+from offload.sampling import Sampling, _nucleus
 from tiers import DamagedError
 
 END = 1265
@@ -180,6 +180,14 @@ def test_stop_strings_in_a_vocabulary_with_bytes_for_all_else(words: list[str]) 
     assert it.choice().text == until(text, stops)
 
 
+def test_a_stop_string_at_the_end_of_a_long_run_of_byte_tokens() -> None:
+    for front in range(1, 30):  # however the tokens looked at begin within a character
+        tokens = [2 + b for b in ("你" * front + "é€").encode()]
+        for stop in ("€", "é€", "你é€"):
+            it = chooser(request(stop=(stop,)), limit=1000, vocabulary=Vocabulary(fallback()), ends=(1,))
+            assert feed(it, tokens).choice().text == ("你" * front + "é€").removesuffix(stop)
+
+
 def test_invalid_bytes_do_not_hide_a_stop_string() -> None:
     tokens = [tokens_of_bytes()[b] for b in (b"\xe2", b"\xff", b"\x80", b"a", b"b")]
     it = feed(chooser(request(stop=("b",))), tokens)
@@ -223,7 +231,25 @@ def test_a_row_gives_the_token_that_generate_gives(
     assert sampling.choose(row, position) == int(sampling.processors(3)(before, row.float()[None])[0].argmax())
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 11}, {"stop": ("e",)}])
+@settings(max_examples=200, deadline=None)
+@given(weights=st.lists(st.integers(1, 50), min_size=2, max_size=8, unique=True), at=st.integers(1, 7),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_a_nucleus_that_ends_on_a_token_s_edge_is_transformers_own(weights: list[int], at: int, seed: int) -> None:
+    weights.sort(reverse=True)
+    top_p = sum(weights[: min(at, len(weights) - 1)]) / sum(weights)
+    row = torch.tensor(weights, dtype=torch.float32).log()
+    sampling = Sampling(1.0, 0, top_p, seed)
+    (warper,) = sampling.warpers()
+    left = (warper(None, row[None])[0] > -torch.inf).nonzero().flatten().tolist()
+    mine = _nucleus(row, top_p)
+    assert mine is None or sorted(mine.tolist()) == left
+    want = int(sampling.processors(0)(torch.zeros(1, 0), row[None])[0].argmax())
+    assert sampling.choose(row, 0) == want
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 1.5, "seed": 11}, {"temperature": 1.2, "top_p": 0.9, "seed": 3}, {"stop": ("e",)}]
+)
 def test_an_answer_is_what_generate_gives(how: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     ids = demo()("Once upon a time", return_tensors="pt")["input_ids"]
