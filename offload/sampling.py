@@ -17,6 +17,7 @@ from transformers import (
 from tiers import UsageError
 
 NUCLEUS = 1024  # tokens that are sorted before all are
+ROWS = 8  # converted at once: what that takes stays in the caches
 ROUNDING = 1e-4  # more than a float32 sum over the vocabulary is off by
 
 
@@ -62,26 +63,39 @@ class Sampling:
         `position` counts the tokens generated before. Nothing outside the arguments takes part.
         """
         if self.temperature == 0:
-            return int(row.argmax())
+            return greedy(row[None])[0]
         scores = row.to(torch.float32)[None]  # as `generate` has it
         warpers = self.warpers()
-        noise = gumbel(self.seed, position, row.shape[-1])
         if self.top_p < 1:
             for warper in warpers[:-1]:
                 scores = warper(None, scores)
             ids = _nucleus(scores[0], self.top_p)
             if ids is not None:
-                return int(ids[(scores[0, ids] + noise[ids]).argmax()])
+                noise = gumbel(self.seed, position, row.shape[-1], ids)
+                return int(ids[(scores[0, ids] + noise).argmax()])
             warpers = warpers[-1:]
         for warper in warpers:
             scores = warper(None, scores)
-        return int((scores[0] + noise).argmax())
+        return int((scores[0] + gumbel(self.seed, position, row.shape[-1])).argmax())
 
 
-def gumbel(seed: int, position: int, vocab: int) -> torch.Tensor:
-    """Standard Gumbel noise [vocab], float32, that depends on (seed, position) alone."""
+def greedy(logits: torch.Tensor) -> list[int]:
+    """logits [S, vocab] → the first of each row's maxima.
+
+    In float32, a few rows at a time: the CPU's argmax of bfloat16 takes several times as long.
+    """
+    out: list[int] = []
+    for at in range(0, logits.shape[0], ROWS):
+        out += logits[at : at + ROWS].to(torch.float32).argmax(dim=-1).tolist()
+    return out
+
+
+def gumbel(seed: int, position: int, vocab: int, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Standard Gumbel noise [vocab], float32, that depends on (seed, position) alone; with `ids` [n] that of those."""
     generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + position) & (1 << 63) - 1)
     uniform = torch.rand(vocab, generator=generator, dtype=torch.float64)
+    if ids is not None:
+        uniform = uniform[ids]
     tiny = torch.finfo(torch.float64).tiny
     return (-torch.log(-torch.log(uniform.clamp_min(tiny)))).to(torch.float32)
 
@@ -90,7 +104,7 @@ def _nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor | None:
     """The tokens that `TopPLogitsWarper` leaves of scores [vocab], without sorting the whole vocabulary (7 times as
     fast at 150,000 tokens). None where rounding or equal scores leave it open which they are."""
     values, ids = scores.topk(min(NUCLEUS, scores.shape[-1]))
-    mass = (values.double() - scores.double().logsumexp(0)).exp().cumsum(0)
+    mass = (values.double() - scores.logsumexp(0)).exp().cumsum(0)
     kept = int((mass < top_p).sum()) + 1
     if kept >= len(ids) or bool((mass[max(0, kept - 2) : kept] - top_p).abs().min() < ROUNDING):
         return None

@@ -20,7 +20,7 @@ import torch
 from offload.batch.requests import Options, Request
 from offload.batch.structure import Constraint, StructureError
 from offload.batch.vocabulary import Vocabulary
-from offload.sampling import Sampling
+from offload.sampling import Sampling, greedy
 from tiers import DamagedError
 
 GREEDY_BELOW = 1e-5  # a temperature that divides float32 logits out of their range
@@ -221,8 +221,8 @@ def choose_all(choosers: Sequence[Chooser], logits: torch.Tensor) -> list[int | 
     Plain greedy ones share one argmax (the first of equal maxima, as for a row alone); a request whose schema turns
     out too complex ends with an error, and None here, without harm to the others.
     """
-    assert len(choosers) == logits.shape[0], "a row of logits for each sequence"
-    best = logits.argmax(dim=-1).tolist() if any(c.plain for c in choosers) else []
+    assert len(choosers) == logits.shape[0], "one row of logits for each sequence"
+    best = greedy(logits) if any(c.plain for c in choosers) else []
     out: list[int | None] = []
     for i, chooser in enumerate(choosers):
         if chooser.plain:

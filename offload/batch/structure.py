@@ -32,6 +32,9 @@ STACK = 64 << 20
 MULTIPLES = 100_000
 # one to two kB each, of every sequence
 LEXER_STATES = 50_000
+SYMBOLS = 50_000  # in a grammar; it cannot have more than 65,525 in the end
+# what the first schema takes beside the model, per token of the vocabulary, and stays: a trie and a tokenizer
+BYTES_PER_TOKEN = 900
 # what may stand between two tokens of JSON. Without a bound, a model that likes spaces never ends
 BLANK = r"[\x20\x0A\x0D\x09]{1,32}"
 
@@ -78,7 +81,7 @@ class Constraint:
 
     def advance(self, *tokens: int) -> None:
         """Go on with `tokens`. Raises `StructureError` if they are not allowed."""
-        if not self._matcher.consume_tokens(list(tokens)):
+        if self._matcher.try_consume_tokens(list(tokens)) < len(tokens):
             self._check()
             raise StructureError(f"{PARAM}: the tokens do not follow the schema")
 
@@ -88,7 +91,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise StructureError(f"{PARAM}: the schema is too complex here: {self._matcher.get_error()}")
+            raise StructureError(f"{PARAM}: the schema cannot be followed further: {_reason(self._matcher)}")
 
 
 class Grammars:
@@ -157,10 +160,10 @@ class Grammars:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)  # type: ignore[arg-type]
         except ValueError as e:
             raise StructureError(f"{PARAM}: the schema cannot be used: {e}") from e
-        limits = LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
+        limits = LLParserLimits(max_lexer_states=LEXER_STATES, max_grammar_size=SYMBOLS, verbose_errors=False)
         matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise StructureError(f"{PARAM}: the schema cannot be enforced: {matcher.get_error()}")
+            raise StructureError(f"{PARAM}: the schema cannot be enforced: {_reason(matcher)}")
         Constraint(matcher.deep_copy(), self._vocab).allowed()  # some are found too complex only now
         return matcher
 
@@ -204,6 +207,12 @@ def schema_of(response_format: Mapping[str, Any] | None) -> dict[str, Any] | Non
     if not isinstance(schema, dict):
         raise StructureError(f"{PARAM}.json_schema.schema must be an object")
     return schema
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """What is wrong, without the native code's inner state."""
+    said = matcher.get_error()
+    return "it is too complex" if "panic" in said else said.replace("<non-verbose/>", "").strip()
 
 
 def _known_only(given: Mapping[str, Any], known: set[str], where: str) -> None:

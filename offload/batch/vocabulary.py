@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 # tokens looked at beyond what a stop string can span: some may have no text of their own
 SLACK = 8
 # of a UTF-8 character that a window of tokens begins within
@@ -26,7 +24,7 @@ class Vocabulary:
         special = {int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._special = special | {int(i) for i in tokenizer.all_special_ids}
         self._decoders = _decoders(tokenizer)
-        self._bytes = {char: byte for byte, char in bytes_to_unicode().items()}
+        self._bytes = byte_alphabet()
         self._size = len(tokenizer)
         self._pieces: dict[int, tuple[str, bytes | None]] = {}
 
@@ -55,8 +53,9 @@ class Vocabulary:
         return known
 
     def find(self, tokens: Sequence[int], stops: Sequence[str]) -> int | None:
-        """Where in the text of `tokens` the first of `stops` begins, if the last token completes one; else None.
+        """Where in the text of `tokens` a stop string begins, if the last token completes one; else None.
 
+        Of several it is the one that ends first, then the longest: the same however the text is cut into tokens.
         Only as many tokens are decoded as a stop string can span: each has a byte at least. The whole text is only
         where one was found, and has the last word.
         """
@@ -72,7 +71,8 @@ class Vocabulary:
         if not any(s in tail for s in stops):
             return None
         whole = tail if at == 0 else self.text(tokens)
-        return min((i for i in map(whole.find, stops) if i >= 0), default=None)
+        found = ((whole.find(s), len(s)) for s in stops)
+        return min(((i + size, i) for i, size in found if i >= 0), default=(0, None))[1]
 
     def _data(self, token: int) -> bytes | None:
         if token in self._added:
@@ -87,6 +87,14 @@ class Vocabulary:
         if "▁" in piece:  # SentencePiece's space; decoded by itself, a leading one would be lost
             return str(piece.replace("▁", " ")).encode("utf-8", "replace")
         return str(self._tokenizer.decode([token])).encode("utf-8", "replace")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2, Radford et al. 2019): printable ones
+    for themselves, the others in order from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (b for b in range(0x100) if b not in printable)
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 def _decoders(tokenizer: Any) -> set[str]:
