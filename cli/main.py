@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("-r", "--repetitions", type=_whole, default=5, metavar="N", help="(default: 5)")
     bench.add_argument("--replay-routing", metavar="FILE", help="follow a recorded routing in place of the model's own")
     bench.add_argument("-o", "--output", default="md", choices=("md", "json", "csv"), help="(default: md)")
+    _batch(commands)
     profile = commands.add_parser(
         "profile", allow_abbrev=False, help="measure this machine",
         description="Measure disk, memory, link and compute. Kept for a month; --fresh measures anew.",
@@ -180,6 +181,28 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     _sessions(commands)
     return parser
+
+
+def _batch(commands: argparse._SubParsersAction[_Parser]) -> None:
+    batch = commands.add_parser(
+        "batch", parents=[_loading()], allow_abbrev=False, help="answer a file of requests, each exactly once",
+        description="Answer a file of requests (OpenAI's batch lines, or {\"custom_id\", \"prompt\"}) in another, each "
+        "exactly once. After Ctrl-C, a crash or a full disk the same command goes on where it stopped.",
+    )  # fmt: skip
+    batch.add_argument("-i", "--input", required=True, metavar="IN.jsonl", help="requests; - is standard input")
+    batch.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help="answers; - is standard output")
+    batch.add_argument(
+        "-e", "--errors", metavar="FILE", help="lines that cannot be answered (default: among the answers)"
+    )
+    batch.add_argument("--max-tokens", type=_whole, metavar="N",
+                       help="of an answer whose request does not say (default: 256)")  # fmt: skip
+    batch.add_argument(
+        "--sequences", type=_whole, metavar="N", help="at once (default: what is predicted to be fastest)"
+    )
+    batch.add_argument("--no-sharing", action="store_true", help="compute fronts that prompts have in common each time")
+    batch.add_argument("--ignore-eos", action="store_true", help="answers of full length, for measurements")
+    batch.add_argument("--summary", metavar="FILE", help="write the summary (JSON) there")
+    batch.add_argument("--json", action="store_true", help="print the summary as one JSON object on standard output")
 
 
 def _sessions(commands: argparse._SubParsersAction[_Parser]) -> None:

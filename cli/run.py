@@ -25,7 +25,7 @@ def command(args: argparse.Namespace) -> int:
     _quiet_libraries()
     try:
         commands = {"chat": _chat, "generate": _generate, "plan": _plan, "bench": _bench, "profile": _profile,
-                    "sessions": _sessions}  # fmt: skip
+                    "sessions": _sessions, "batch": _batch}  # fmt: skip
         return commands[args.command](args)
     except Interrupted:
         print("offload: interrupted", file=sys.stderr)
@@ -50,15 +50,18 @@ def _load(args: argparse.Namespace) -> Model:
     import offload
 
     with Progress() as progress:
-        return offload.load(
-            args.model, ram=args.ram, vram=args.vram, resident=args.resident, device=args.device, dtype=args.dtype,
-            context=args.context, threads=args.threads, link=args.link, trace=args.trace, graphs=args.graphs,
-            overrides=dict(args.settings), expert_policy=args.expert_policy, expert_depth=args.expert_depth,
-            expert_predictor=args.expert_predictor, expert_compute=args.expert_compute,
-            kv_resident=args.kv_resident, kv_budget=args.kv_budget, kv_policy=args.kv_policy,
-            kv_by_layer=args.kv_by_layer, kv_codec=args.kv_codec, spill_dir=args.spill_dir, disk=args.disk,
-            record_routing=args.record_routing, replay_routing=getattr(args, "replay_routing", None), progress=progress,
-        )  # fmt: skip
+        return offload.load(args.model, progress=progress, **loading(args))
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `offload.load` that were given."""
+    names = (
+        "ram", "vram", "resident", "device", "dtype", "context", "threads", "link", "trace", "graphs", "expert_policy",
+        "expert_depth", "expert_predictor", "expert_compute", "kv_resident", "kv_budget", "kv_policy", "kv_by_layer",
+        "kv_codec", "spill_dir", "disk", "record_routing",
+    )  # fmt: skip
+    given = {name: getattr(args, name) for name in names}
+    return {**given, "overrides": dict(args.settings), "replay_routing": getattr(args, "replay_routing", None)}
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -280,5 +283,11 @@ def _profile(args: argparse.Namespace) -> int:
 
 def _sessions(args: argparse.Namespace) -> int:
     from cli.sessions import command
+
+    return command(args)
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from cli.batch import command
 
     return command(args)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from tiers.errors import (
 )
 
 if TYPE_CHECKING:
+    from offload.batch.job import JobStats
     from offload.hardware import Profile
     from offload.model import Conversation, Generation, Model
     from offload.planning.report import Report
@@ -69,6 +71,46 @@ def load(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     return Model(Engine(folder, config, progress))
+
+
+def run_batch(
+    model: str | Path | None, input: str | Path, output: str | Path, *, errors: str | Path | None = None,
+    max_tokens: int | None = None, sequences: int | None = None, ignore_eos: bool = False, share: bool = True,
+    stop: threading.Event | None = None,
+    progress: Callable[[JobStats], None] = lambda stats: None, note: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> JobStats:  # fmt: skip
+    """Answer a file of requests (OpenAI's batch lines) in another, every one exactly once; say how it went.
+
+    `input` and `output` are files, or `-` for stdin and stdout; `errors` is a file for the lines that cannot be
+    answered, which else go to the output. After a crash, or if `stop` is set, the same call goes on where it stopped.
+    `max_tokens` of an answer whose request does not say; `sequences` run at once (None: as many as are predicted to be
+    fastest); `share`: fronts that requests have in common are computed once; `ignore_eos`: no token ends an answer.
+    Options as for `load`. Raises an `OffloadError` whose message is one line that names the remedy.
+    """
+    from offload.config import RunConfig
+
+    config = RunConfig.of(options)
+    for flag, value in (("--max-tokens", max_tokens), ("--sequences", sequences)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 30):
+            raise UsageError(f"{flag}: {value!r} is not a whole number above zero")
+    from tiers.memory import tame_malloc
+
+    tame_malloc()
+    from offload.resolve import resolve
+
+    folder = resolve(model)
+    import torch
+
+    from offload.batch.job import run_job
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return run_job(
+        folder, config, str(input), str(output), errors=None if errors is None else str(errors), max_tokens=max_tokens,
+        sequences=sequences, ignore_eos=ignore_eos, share=share, names=() if model is None else (str(model),),
+        stop=stop, on_progress=progress, on_notes=note,
+    )  # fmt: skip
 
 
 def plan(
@@ -137,5 +179,5 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BudgetError", "CheckpointError", "Conversation", "Generation", "Interrupted", "Model", "ModelError",
-    "OffloadError", "ReadError", "UsageError", "load", "plan", "profile", "routing",
+    "OffloadError", "ReadError", "UsageError", "load", "plan", "profile", "routing", "run_batch",
 ]  # fmt: skip

@@ -73,14 +73,18 @@ class Sequences:
 class Engine:
     """Loads a checkpoint folder under a budget. Use `step`, or `hf` with transformers' own tools. Close it."""
 
-    def __init__(self, folder: Path, config: RunConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, progress: Progress | None = None, *,
+        interrupt: threading.Event | None = None,
+    ) -> None:  # fmt: skip
+        """`interrupt`: an event that, once set, ends a pass at its next layer (default: the engine's own)."""
         began = time.perf_counter()
         for flag, file in (("--trace", config.trace), ("--record-routing", config.record_routing)):
             if file is not None and not Path(file).absolute().parent.is_dir():
                 raise UsageError(f"{flag} {file}: there is no such folder")
         self.folder = folder
         self.config = config
-        self.interrupt = threading.Event()
+        self.interrupt = interrupt or threading.Event()
         self.on_prefill: Progress | None = None  # told of layers done while a prompt is computed
         self.on_pass: Callable[[Cache | None, torch.Tensor], None] | None = None  # told of each that ended well
         self._prefilled = self._prefill_total = 0

@@ -8,18 +8,20 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteria, TextStreamer
+from transformers import PreTrainedModel, StoppingCriteria, TextStreamer
 from transformers.cache_utils import Cache
 
 from kvstore import Session, Sessions, TieredCache
 from kvstore.store import SHORTEST
 from moe import LayerUse
+from offload.batch.calls import Asked, Calls, Result, in_thread
+from offload.batch.runner import Progress
 from offload.conversation import Conversation, Message
 from offload.engine import Engine
 from offload.fingerprint import fingerprint
@@ -30,6 +32,7 @@ from offload.planning.predict import Workload
 from offload.sampling import Sampling
 from offload.sizes import parse_size
 from offload.stats import RequestStats
+from offload.texts import chat_defaults, ends_of, generation_config, load_tokenizer, rendered
 from tiers import DamagedError, Interrupted, ModelError, UsageError
 from tiers import memory as mem
 
@@ -57,10 +60,11 @@ class Model:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.tokenizer = _load_tokenizer(engine.folder)
+        self.tokenizer = load_tokenizer(engine.folder)
         self.stats = RequestStats()
+        self.batch_progress = Progress()
         self._warm = False  # whether an earlier request has filled the expert cache
-        self._generation_config = _generation_config(engine)
+        self._generation_config = generation_config(engine.folder, engine.hf_config)
         self._fingerprint: str | None = None
 
     @property
@@ -147,22 +151,34 @@ class Model:
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """`messages` as token ids, ready for the assistant's answer. Raises `ModelError` without a template."""
-        tokenizer = self._need_tokenizer()
-        if not tokenizer.chat_template:
-            raise ModelError("the model has no chat template; use `generate` instead of `chat`")
-        try:
-            out = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
-        except Exception as e:  # templates raise their own errors, for example about alternating roles
-            raise UsageError(f"the chat template refuses these messages: {' '.join(str(e).split())[:200]}") from e
-        ids = out["input_ids"] if hasattr(out, "keys") else out
-        return [int(i) for i in ids]
+        return rendered(self._need_tokenizer(), messages)
 
     def chat_defaults(self) -> dict[str, Any]:
         """How the model's authors want it sampled in conversation (generation_config.json)."""
-        g = self._generation_config
-        if not g.do_sample:
-            return {}
-        return {"temperature": g.temperature or 1.0, "top_k": g.top_k or 0, "top_p": g.top_p or 1.0}
+        return chat_defaults(self._generation_config)
+
+    def batch(self, requests: Iterable[Asked], **options: Any) -> Iterator[Result]:
+        """Answer many requests at once, each as soon as it has its answer, in any order.
+
+        A request is a prompt (text or token ids) or a mapping as in a line of OpenAI's batch files: `messages` or
+        `prompt`, `max_tokens`, `temperature`, `stop` and so on, and a `custom_id` if wanted. They are asked for as they
+        are needed, so that there may be any number. Options: `sequences` at once, `max_tokens` and `ignore_eos` for
+        all, `share` (fronts in common are computed once; default True). For the most speed load the model with
+        `batch=` the number of sequences. A request that cannot be run has a result with an `error`.
+        """
+        calls = Calls(self.engine, **options)
+        self.batch_progress = calls.progress
+        for result in calls.run(requests):
+            self.batch_progress = calls.progress
+            yield result
+
+    async def abatch(self, requests: Iterable[Asked], **options: Any) -> AsyncIterator[Result]:
+        """The same without holding up an event loop; leaving the loop over it ends the batch at the next layer."""
+        try:
+            async for result in in_thread(lambda: self.batch(requests, **options), self.engine.interrupt.set):
+                yield result
+        finally:
+            self.engine.interrupt.clear()
 
     def run(
         self,
@@ -301,8 +317,7 @@ class Model:
     ) -> None:  # fmt: skip
         width = max(map(len, ids))
         config = copy.deepcopy(self._generation_config)
-        eos = config.eos_token_id
-        ends = set() if ignore_eos else {eos} if isinstance(eos, int) else set(eos or ())
+        ends = set() if ignore_eos else ends_of(config)
         pad = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
         config.update(
             max_new_tokens=room, do_sample=False, temperature=None, top_k=None, top_p=None, num_beams=num_beams,
@@ -420,27 +435,8 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
             self._on_text(text)
 
 
-def _load_tokenizer(folder: Path) -> Any | None:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
-    if not any((folder / n).is_file() for n in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as e:  # the library raises many kinds for a damaged tokenizer
-        raise ModelError(f"the tokenizer in {folder} cannot be used: {' '.join(str(e).split())[:200]}") from e
-
-
 def _room(folder: Path) -> int:
     """What stored keys and values may take, all models together, where nobody has said: half of the disk's free space
     and of what they take already."""
     taken = sum(p.stat().st_size for p in folder.glob("*.kv"))
     return (shutil.disk_usage(folder).free + taken) // 2
-
-
-def _generation_config(engine: Engine) -> GenerationConfig:
-    if not (engine.folder / "generation_config.json").is_file():
-        return copy.deepcopy(engine.hf.generation_config)
-    try:
-        return GenerationConfig.from_pretrained(engine.folder, local_files_only=True)
-    except Exception as e:
-        raise ModelError(f"{engine.folder / 'generation_config.json'} cannot be used: {e}") from e

@@ -6,20 +6,20 @@ A group begins together, padded on the left to its longest prompt, and the next 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers.cache_utils import Cache
 
 from offload.batch.choosing import choose_all
-from offload.batch.runner import Task, Progress
+from offload.batch.runner import Progress, Task
 from offload.engine import Engine, Sequences
 
 
 class PaddedRunner:
     """Groups of up to `sequences`. See `offload.batch.runner.Runner`."""
 
-    def __init__(self, engine: Engine, sequences: int, *, on_pass: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, engine: Engine, sequences: int, *, on_pass: OnPass = lambda runner: None) -> None:
         self._engine = engine
         self._most = sequences
         self._on_pass = on_pass
@@ -78,7 +78,7 @@ class PaddedRunner:
                 if answer.chooser.finish is not None:
                     rows[i] = None
                     self._group.remove(answer)
-            self._on_pass()
+            self._on_pass(self)
             yield from (a for a in answers if a is not None and a.chooser.finish is not None)
             alive = [i for i, a in enumerate(rows) if a is not None]
             if not alive:
@@ -89,9 +89,7 @@ class PaddedRunner:
                 tokens, mask, rows = tokens[kept], mask[kept], [rows[i] for i in alive]
             mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=mask.dtype)], 1)
 
-    def _pass(
-        self, cache: Cache, tokens: torch.Tensor, mask: torch.Tensor, rows: list[Task | None]
-    ) -> torch.Tensor:
+    def _pass(self, cache: Cache, tokens: torch.Tensor, mask: torch.Tensor, rows: list[Task | None]) -> torch.Tensor:
         """Logits [rows, vocab] after one pass over the prompts, or one more token each."""
         engine, progress = self._engine, self.progress
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]

@@ -73,11 +73,19 @@ class Runner(Protocol):
         ...
 
 
+OnPass = Callable[[Runner], None]
+
+
 class RaggedRunner:
     """Sequences of any length in one pass, joining and leaving at any: for models that keep keys and values alone."""
 
     def __init__(
-        self, engine: Engine, sequences: int, *, share: bool = True, on_pass: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        sequences: int,
+        *,
+        share: bool = True,
+        on_pass: Callable[[Runner], None] = lambda runner: None,
     ) -> None:
         """`sequences` at once, in the context that the engine has planned for; `share`: fronts in common are computed
         once. `on_pass` is called after each."""
@@ -146,7 +154,7 @@ class RaggedRunner:
         progress.running = sum(not m.gone for m in schedule.members)
         progress.most = max(progress.most, progress.running)
         self._begin()  # before any of those that ended is given up
-        self._on_pass()
+        self._on_pass(self)
         return ended
 
     def _begin(self) -> None:

@@ -137,10 +137,9 @@ class Schedule:
     def drop_trunk(self) -> Member | None:
         """Give up what is kept for the next in line, if that is all there is; returns it."""
         last = self.last
-        if last is None or not last.gone or last not in self.members:
+        if last is None or not last.gone:
             return None
         self._remove(last)
-        self.last = None
         return last
 
     def _need(self, answer: Tasked, shared: int) -> int:
@@ -152,6 +151,8 @@ class Schedule:
         """Its memory is given up, but for what others share: that is counted as the first one's from now on."""
         self.members.remove(member)
         self.reserved -= member.reserved
+        if self.last is member:
+            self.last = None
         heirs = sorted((m for m in self.members if m.donor is member), key=lambda m: -m.shared)
         if not heirs:
             return
