@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from offload.batch.choosing import choose_all
-from offload.batch.runner import Progress, Task
+from offload.batch.runner import OnPass, Progress, Task
 from offload.engine import Engine, Sequences
 
 
