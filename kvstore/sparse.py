@@ -98,7 +98,7 @@ class SparseRow:
         self.suit()
 
     def suit(self) -> None:
-        """Choose as many neighbouring chunks together as the attention measured last allows (LeoAM's per-layer chunks)."""
+        """Choose as many neighbouring chunks together as the attention measured last allows."""
         if self.mass is not None and self.selector.group:
             n = self.mass.shape[1]
             self.view.grain = grain(self.mass, self._budget(n * self._tokens), min(SINKS, n), n - RECENT)
