@@ -20,22 +20,22 @@ def grain(mass: Tensor, budget: int, first: int, last: int, grains: Sequence[int
     """How many neighbouring chunks are best chosen together: the most at which no head loses much of its attention.
 
     mass [heads, chunks]: attention that fell on each chunk. Of the `budget` chunks those before `first` and from `last`
-    on are chosen in any case. With them the groups that hold most (`kvstore.search.groups`) must keep for every head at
-    least `keep` of what as many single chunks keep. A layer whose attention is on few places
-    far apart gets 1; one that looks at stretches of text, or everywhere alike, gets more, and reads fewer and longer
-    runs. A grain of which the budget does not buy one group is out of the question.
+    on are chosen in any case, and prove nothing: the first ones take up most of the attention as it is. Of what is
+    between them the groups that hold most (`kvstore.search.groups`) must keep for every head at least `keep` of what as
+    many single chunks keep. A layer whose attention is on few places far apart gets 1; one that looks at stretches of
+    text, or everywhere alike, gets more, and reads fewer and longer runs. A grain of which the budget does not buy one
+    group is out of the question.
     """
     if mass.dim() != 2 or mass.numel() == 0:
         raise ValueError(f"mass {tuple(mass.shape)}: need [heads, chunks], one of each at least")
     last = max(first, last)
     room, mass = budget - first - (mass.shape[1] - last), mass.float()
-    always = mass.sum(1) - mass[:, first:last].sum(1)
-
-    def held(size: int) -> Tensor:
-        return always + mass[:, groups(mass.sum(0), size, room, first, last)].sum(1)
-
     if room < 1 or last == first:
         return 1
+
+    def held(size: int) -> Tensor:
+        return mass[:, groups(mass.sum(0), size, room, first, last)].sum(1)
+
     least = keep * held(1)
     return max((g for g in grains if 1 < g <= room and bool((held(g) >= least).all())), default=1)
 
