@@ -35,7 +35,7 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 
 def groups(scores: Tensor, grain: int, count: int, first: int, last: int) -> Tensor:
-    """`count` of the chunks first ≤ c < last: whole groups, those whose scores [chunks] (≥ 0) sum to most.
+    """`count` of the chunks first ≤ c < last: whole groups, those whose scores [chunks] sum to most.
 
     Groups are `grain` chunks, a power of two, from a multiple of `grain` on; the first and the last may lack what lies
     outside. What remains of `count` goes to groups of half the size, and so on, down to single chunks.
@@ -45,13 +45,13 @@ def groups(scores: Tensor, grain: int, count: int, first: int, last: int) -> Ten
     free[first:last] = True
     found = []
     while count > 0:
-        where = (free.nonzero()[:, 0]) // grain
-        sums = torch.full((int(where[-1]) + 1,), -1.0)
+        where = free.nonzero()[:, 0] // grain
+        sums = torch.full((int(where[-1]) + 1,), -torch.inf)
         sums[where] = 0.0
         sums.index_add_(0, where, scores[free].float())
-        best = top(sums, count // grain)
-        chunks = (best[sums[best] >= 0][:, None] * grain + torch.arange(grain)).flatten()
-        chunks = chunks[(chunks >= first) & (chunks < last)]
+        chunks = (top(sums, count // grain)[:, None] * grain + torch.arange(grain)).flatten()
+        chunks = chunks[chunks < last]
+        chunks = chunks[free[chunks]]
         found.append(chunks)
         free[chunks] = False
         count, grain = count - len(chunks), max(grain // 2, 1)
