@@ -342,8 +342,10 @@ class Model:
                     **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
                 )
         finally:
-            if cache is None and isinstance(past, TieredCache):
-                past.close()
+            if isinstance(past, TieredCache):
+                result.stats.kv_grains = past.grains
+                if cache is None:
+                    past.close()
         for row in out[:, width:].tolist():
             # a row that ended early is padded to the longest; its end token is its last
             cut = next((i + 1 for i, t in enumerate(row) if t in ends), len(row))
