@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,21 +95,36 @@ def totals(requests: Sequence[Request]) -> dict[str, int]:
 # who is computed when
 
 
-def continuous(requests: Sequence[Request], parallel: int, chunk: int, room: int | None = None) -> list[Pass]:
-    """The passes of `llama_batch.c`: decodes first, prompts fill the chunk; `room` cells are shared by all, if given."""
+def continuous(requests: Sequence[Request], parallel: int, chunk: int) -> list[Pass]:
+    """The passes of `llama_batch.c`: decodes first, then prompts in order of arrival until the chunk is full."""
+    return [(fed, decoded) for fed, decoded, _ in _continuous(requests, parallel, chunk)]
+
+
+def context(requests: Sequence[Request], parallel: int, chunk: int, kv: str) -> int:
+    """Cells of KV for `parallel` sequences: `unified`, as many as are needed at once; `each`, for every sequence as
+    many as for the longest.
+    """
+    longest = _up(max(r.cells for r in requests))
+    if kv == "each":
+        return longest * parallel
+    return max(longest, _up(max(held for _, _, held in _continuous(requests, parallel, chunk))))
+
+
+def _up(cells: int, to: int = 256) -> int:
+    """As llama.cpp allocates them."""
+    return -(-cells // to) * to
+
+
+def _continuous(requests: Sequence[Request], parallel: int, chunk: int) -> Iterator[tuple[int, int, int]]:
+    """Per pass: prompt tokens, decoded tokens, cells set aside for the sequences that run."""
     waiting = list(requests)
     running: list[list[int]] = []  # cells, prompt tokens left, new tokens left
-    passes = []
-    held = 0
     while waiting or running:
-        while waiting and len(running) < parallel and (room is None or held + waiting[0].cells <= room):
+        while waiting and len(running) < parallel:
             r = waiting.pop(0)
             running.append([r.cells, len(r.prompt), r.new])
-            held += r.cells
-        if not running:
-            raise ValueError(f"{room} cells are too few for a request of {waiting[0].cells}")
-        decoded = sum(not left for _, left, _ in running)
-        fed = 0
+        decoded, fed = sum(not left for _, left, _ in running), 0
+        held = sum(cells for cells, _, _ in running)
         for one in running:
             if not one[1]:
                 one[2] -= 1
@@ -117,21 +132,8 @@ def continuous(requests: Sequence[Request], parallel: int, chunk: int, room: int
                 fed += take
                 one[1] -= take
                 one[2] -= not one[1]
-        held -= sum(one[0] for one in running if not one[2])
         running = [one for one in running if one[2]]
-        passes.append((fed, decoded))
-    return passes
-
-
-def context(requests: Sequence[Request], parallel: int, kv: str) -> int:
-    """Cells of KV for `parallel` sequences: `unified`, as many as are ever needed at once; `each`, the longest's for
-    every sequence.
-    """
-    padded = -(-max(r.cells for r in requests) // 256) * 256  # llama.cpp allocates so
-    if kv == "each":
-        return padded * parallel
-    cells = [r.cells for r in requests]
-    return max(padded, max(sum(sorted(cells[i : i + 2 * parallel])[-parallel:]) for i in range(len(cells))))
+        yield fed, decoded, held
 
 
 def groups(requests: Sequence[Request], size: int, by: str) -> list[list[int]]:
