@@ -291,9 +291,7 @@ def floor(
         read += max(0.0, needed - room)
 
     def seconds(rate: Mapping[str, Any]) -> float:
-        return float(
-            (computed * layers * rate["layer_s"] + every["new_tokens"] * rate["head_s"]) / rate["tokens"]
-        )
+        return float((computed * layers * rate["layer_s"] + every["new_tokens"] * rate["head_s"]) / rate["tokens"])
 
     mean = computed / every["passes"]
     read_s, compute_s = read / bandwidth, min((seconds(r) for r in rates), default=0.0)

@@ -44,7 +44,7 @@ class Job:
         self.done_s: dict[str, float] = {}
         self.steps: list[list[float]] = []  # of each pass: seconds, prompt tokens, decoded tokens
         self.facts: dict[str, Any] = {}
-        self.load_s = self.began = 0.0
+        self.load_s = self.began = self.last_s = 0.0
         self.read_before = self.read_loaded = read_bytes()
 
     def loading(self, load: Callable[[], Any]) -> Any:
@@ -70,14 +70,15 @@ class Job:
 
     def answered(self, index: int, tokens: Sequence[int]) -> None:
         """Note a request's new tokens."""
+        self.last_s = self.elapsed
         self.answers[str(index)] = [int(t) for t in tokens]
-        self.done_s[str(index)] = self.elapsed
+        self.done_s[str(index)] = self.last_s
 
     def report(self) -> dict[str, Any]:
         """Everything so far."""
         now = read_bytes()
         return {
-            "engine": self.args.engine, "load_s": self.load_s, "job_s": self.elapsed, "steps": self.steps,
+            "engine": self.args.engine, "load_s": self.load_s, "job_s": self.last_s, "steps": self.steps,
             "answers": self.answers, "done_s": self.done_s, "base_rss_bytes": self.base_rss,
             "peak_rss_bytes": vm_kb("VmHWM"), "load_bytes_read": self.read_loaded - self.read_before,
             "bytes_read": now - self.read_loaded, **self.facts,
@@ -101,12 +102,15 @@ def read_bytes(path: Path = Path("/proc/self/io")) -> int:
 # ours
 
 
-def load_ours(job: Job, context: int) -> Any:
-    """`offload.load` within the limit, with room for `context` tokens."""
+def load_ours(job: Job, context: int | None = None) -> Any:
+    """`offload.load` within the limit; with room for `context` tokens, or as much as it finds right."""
     import offload
+    import offload.model
 
-    model = job.loading(lambda: offload.load(job.args.folder, ram=job.args.ram, context=context))
-    job.facts["settings"] = {"ram": job.args.ram, "context": context}
+    job.base_rss = vm_kb("VmRSS")
+    options = {"context": context} if context is not None else {}
+    model = job.loading(lambda: offload.load(job.args.folder, ram=job.args.ram, **options))
+    job.facts["settings"] = {"ram": job.args.ram, **options}
     job.facts["plan"] = model.plan.summary()
     return model
 
@@ -128,7 +132,7 @@ def one_by_one(job: Job) -> None:
 
 def batched(job: Job) -> None:
     """All requests through the batch runner."""
-    with load_ours(job, sum(r.cells + 1 for r in job.requests)) as model:
+    with load_ours(job) as model:
         for i, tokens in run_batch(model, job.requests, at_most=job.args.batch, sharing=not job.args.no_sharing):
             job.answered(i, tokens)
             job.steps = passes(model.engine.steps)
@@ -150,9 +154,7 @@ def run_batch(
     from offload.batch.requests import Options
     from offload.batch.requests import Request as Line
 
-    lines = [
-        Line(str(i), False, r.prompt, Options(max_tokens=r.new, temperature=0.0)) for i, r in enumerate(requests)
-    ]
+    lines = [Line(str(i), False, r.prompt, Options(max_tokens=r.new, temperature=0.0)) for i, r in enumerate(requests)]
     options: dict[str, Any] = {} if sharing else {"share_prefixes": False}
     if at_most is not None:
         options["sequences"] = at_most
@@ -176,7 +178,6 @@ def forced(job: Job) -> None:
             result = model.run([list(r.prompt) for r in job.requests], max_new_tokens=new, ignore_eos=True)
             for i, tokens in enumerate(result.token_ids):
                 job.answered(i, tokens)
-        job.facts["job_s"] = job.elapsed
         job.steps = passes(model.engine.steps)
         decode = [s for s, p, d in job.steps if d == size and not p]
         job.facts |= {
@@ -194,9 +195,7 @@ def passes(steps: Sequence[Any]) -> list[list[float]]:
     """The engine's passes as [seconds, prompt tokens, decoded tokens]; one over more tokens than sequences has a
     prompt's.
     """
-    return [
-        [round(s.seconds, 5), *((s.tokens, 0) if s.tokens > s.sequences else (0, s.tokens))] for s in steps
-    ]
+    return [[round(s.seconds, 5), *((s.tokens, 0) if s.tokens > s.sequences else (0, s.tokens))] for s in steps]
 
 
 # transformers
@@ -214,9 +213,7 @@ def padded(job: Job) -> None:
     args = job.args
     args.offload_folder.mkdir(parents=True, exist_ok=True)
     options = {"device_map": "auto", "max_memory": {"cpu": args.max_memory}, "offload_folder": str(args.offload_folder)}
-    model = job.loading(
-        lambda: AutoModelForCausalLM.from_pretrained(args.folder, dtype="auto", **options).eval()
-    )
+    model = job.loading(lambda: AutoModelForCausalLM.from_pretrained(args.folder, dtype="auto", **options).eval())
     job.facts["settings"] = {"batch": args.batch, "by": args.by, "max_memory": args.max_memory}
     for batch in batch_job.groups(job.requests, args.batch, args.by):
         if job.over and job.answers:
@@ -249,7 +246,7 @@ def _clock(job: Job, prompt_tokens: int, size: int) -> Any:
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             import torch
 
-            now = time.perf_counter()
+            now, job.last_s = time.perf_counter(), job.elapsed
             job.steps.append([round(now - self.last, 5), *((prompt_tokens, 0) if self.first else (0, size))])
             self.last, self.first = now, False
             late = job.args.hard_seconds is not None and job.elapsed > job.args.hard_seconds
@@ -278,7 +275,6 @@ def rates(job: Job) -> None:
     for tokens, layer_s, head_s in layer_seconds(config, job.args.tokens):
         job.facts["rates"].append({"tokens": tokens, "layer_s": layer_s, "head_s": head_s})
         job.keep()
-    job.facts["job_s"] = job.elapsed
 
 
 def layer_seconds(config: dict[str, Any], counts: Sequence[int]) -> Iterator[tuple[int, float, float]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import batch_tables
 from common import GIB, RESULTS, ROOT, BenchError, say
 
 _MARKED = re.compile(r"(<!-- bench:([\w.-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
@@ -464,6 +465,7 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "sparse": _sparse,
     "long-context": _long_context,
     "resume": _resume,
+    **{kind: lambda r, f=f: f(r, _machine(r["machine"])) for kind, f in batch_tables.RENDERERS.items()},
 }
 
 
