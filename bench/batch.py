@@ -27,7 +27,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,11 +38,10 @@ import checkpoints
 import disk
 import llama_peer
 import tables
-from batch_job import Pass, Request
+from batch_job import Pass
 from checkpoints import SPECS, Spec
 from common import (
     BENCH,
-    GIB,
     RESULTS,
     BenchError,
     default_scratch,
@@ -113,7 +112,13 @@ class Bench:
             yield group
 
     def measured(
-        self, group: Group, engine: str, command: Callable[[int | None, Path], Sequence[str]], *, timeout: float
+        self,
+        group: Group,
+        engine: str,
+        command: Callable[[int | None, Path], Sequence[str]],
+        *,
+        timeout: float,
+        env: Mapping[str, str] | None = None,
     ) -> Run:
         """One process in the group. `command` is given the holder of memory and where partial results are kept.
 
@@ -122,7 +127,7 @@ class Bench:
         partial = self.work / "partial.json"
         partial.unlink(missing_ok=True)
         with Held(self.limit) as held:
-            ran = group.run(command(held.pid, partial), timeout=timeout, env=worker_env())
+            ran = group.run(command(held.pid, partial), timeout=timeout, env=env or worker_env())
             ready = bool(held.pid)
         facts: Run = {}
         error = ran.failure()
@@ -340,8 +345,9 @@ class Comparison:
 
     def seconds(self, most: float | None = None) -> float | None:
         """Seconds for the next run; None: too few are left to begin it."""
-        seconds = min(most or self.args.engine_seconds, self.bench.left)
-        return seconds if seconds > min(LEAST_S, self.args.engine_seconds) else None
+        if self.bench.left < LEAST_S:
+            return None
+        return float(min(most or self.args.engine_seconds, self.bench.left))
 
     def plan_one(self, run: Run) -> list[Pass]:
         return [p for r in self.requests for p in batch_job.continuous([r], 1, 1 << 20)]

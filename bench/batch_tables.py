@@ -47,8 +47,8 @@ def batch(result: Result, machine: str) -> str:
         f"{job['requests']} requests, {job['prompt_tokens']} prompt tokens (longest {job['longest_prompt']}) and "
         f"{job['new_tokens']} new ones (longest {job['passes']}); from the first request to the last answer, loading "
         "apart; ratio: offload's batched tokens/s over the engine's. A job with a share in brackets was cut, and its "
-        "time estimated from so much of it. Same answers: with offload one by one, in bf16; of their tokens those before "
-        f"the first difference. {machine}{llama}, disk "
+        "time estimated from so much of it. Same answers: with offload one by one, in bf16; of their tokens those "
+        f"before the first difference. {machine}{llama}, disk "
         f"{(floor or {}).get('bandwidth', result['disk']['bandwidth'] or 0) / 1e9:.2f} GB/s, load average "
         f"{result['load_average_before']:.2f}, {result['date'].split()[0]}.",
     ]  # fmt: skip
