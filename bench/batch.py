@@ -305,7 +305,7 @@ class Comparison:
                            f"{size} leave no room for weights"})  # fmt: skip
                 continue
             run = self.padded(size, "prompt", room, self.args.probe_seconds, hard=True)
-            if run.get("oom_killed") or "memory" in run.get("error", ""):
+            if "out of memory" in run.get("error", ""):
                 room = int(room * 0.6)
                 run = self.padded(size, "prompt", room, self.args.probe_seconds, hard=True)
             if run.get("steps") and "error" not in run:
@@ -360,7 +360,8 @@ class Comparison:
         if run.get("answers") or run.get("steps"):
             run["judged"] = batch_job.judge(self.requests, run, self.plans[run["engine"]](run))
         self.runs.append(run)
-        label = " ".join(map(str, (run["engine"], *(run.get("settings") or {}).values())))[:120]
+        settings = {k: v for k, v in (run.get("settings") or {}).items() if k != "system"}
+        label = ", ".join([run["engine"], *(f"{k} {v}" for k, v in settings.items())])
         if "judged" in run:
             j = run["judged"]
             how = "" if j["whole"] else f", estimated from {100 * j['measured_share']:.0f} % of it"
@@ -481,7 +482,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="batch sizes accelerate is tried with")
     p.add_argument("--requests", type=int, default=64)
     p.add_argument("--one", type=int, default=8, help="requests answered one by one")
-    p.add_argument("--engine-seconds", type=float, default=240, help="a run begins nothing new after so long")
+    p.add_argument("--engine-seconds", type=float, default=300, help="a run begins nothing new after so long")
     p.add_argument("--probe-seconds", type=float, default=60, help="of each look at a size of accelerate's")
     p.add_argument("--keep", action="store_true", help="keep what --out has of the engines not measured now")
     p.add_argument("--out", type=Path, help="result file (default: bench/results/batch-MODEL.json)")

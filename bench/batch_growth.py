@@ -80,8 +80,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             most = batch_job.ceiling(spec, size, room=room, bandwidth=bench.bandwidth, rate=rates.get(size))
             run.pop("answers")
             rows.append({**run, "ceiling": most})
-            say(f"batch {size}: {run['tokens_per_s']:.2f} tokens/s, predicted {run['predicted_tokens_per_s']:.2f}; disk "
-                f"allows {most['disk']:.1f}, compute {most['compute']:.1f}")  # fmt: skip
+            say(f"batch {size}: {run['tokens_per_s']:.2f} tokens/s, predicted {run['predicted_tokens_per_s']:.2f}; "
+                f"disk allows {most['disk']:.1f}, compute {most['compute']:.1f}")  # fmt: skip
             result(False)
     bench.measure_disk()
     bench.close()

@@ -217,19 +217,18 @@ def judge(requests: Sequence[Request], run: Mapping[str, Any], plan: Sequence[Pa
 
 
 def agreement(reference: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Answers both have: how many are the same, and of their tokens how many come before the first difference.
+    """Answers both have whole: how many are the same, and of their tokens how many come before the first difference.
 
     After one other choice the text is another, so tokens after it are not compared.
     """
-    both = [(reference[i], other[i]) for i in reference if reference[i] and other.get(i)]
-    same = equal = positions = 0
-    for a, b in both:
-        n = min(len(a), len(b))
-        front = next((k for k in range(n) if a[k] != b[k]), n)
-        same += front == n
-        equal += front
-        positions += n
-    return {"requests": len(both), "identical": same, "positions": positions, "before_first_difference": equal}
+    both = [(reference[i], other[i]) for i in reference if reference[i] and len(other.get(i, ())) == len(reference[i])]
+    fronts = [next((k for k, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a)) for a, b in both]
+    return {
+        "requests": len(both),
+        "identical": sum(front == len(a) for front, (a, _) in zip(fronts, both, strict=True)),
+        "positions": sum(len(a) for a, _ in both),
+        "before_first_difference": sum(fronts),
+    }
 
 
 # memory and the floor

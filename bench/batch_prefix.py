@@ -57,7 +57,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             run = bench.measured(group, "batch", bench.worker("batch", *words), timeout=seconds + GRACE_S)
         if run.get("answers"):
             run["judged"] = batch_job.judge(requests, run, None)
-            run["prompt_tokens_computed"] = int(sum(p for _, p, _ in run["steps"]))
+            # whatever was computed and is no new token that was fed again
+            fed = sum(len(a) - 1 for a in run["answers"].values())
+            run["prompt_tokens_computed"] = sum(p + d for _, p, d in run["steps"]) - fed
             say(f"{way}: {run['judged']['job_s']:.1f} s, {run['prompt_tokens_computed']} prompt tokens computed")
         if "error" in run:
             say(f"{way}: {run['error']}")
