@@ -126,15 +126,14 @@ def draw(result: dict[str, Any], out: Path) -> None:
         parts.append(f'<text x="{x:.0f}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{r["batch"]}</text>')
     for power in range(low, high + 1, max(1, (high - low) // 8)):
         _, y = at(1, 2.0**power)
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.0f}" text-anchor="end">{2.0**power:.3g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.0f}" text-anchor="end">{2.0**power:g}</text>')
         parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{LEFT + WIDTH}" y2="{y:.1f}" stroke="#eee"/>')
     dashes = {"predicted": "5 4", "disk": "2 3", "compute": "2 3"}
-    for i, (name, points) in enumerate(curves.items()):
+    for i, (name, points) in enumerate((n, p) for n, p in curves.items() if p):
         colour = COLOURS[name]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in points))
-        if points:
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" '
-                         f'stroke-dasharray="{dashes.get(name, "")}" clip-path="url(#plot)"/>')  # fmt: skip
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" '
+                     f'stroke-dasharray="{dashes.get(name, "")}" clip-path="url(#plot)"/>')  # fmt: skip
         if name in ("measured", "predicted"):
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour if name == "measured" else "white"}" '
