@@ -23,12 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import batch
 import batch_job
 import predict
 import tables
-from batch import BASE, GRACE_S, Bench
 from batch_job import Request
+from batch_runs import BASE, GRACE_S, LEAST_S, Bench, common_options
 from checkpoints import SPECS
 from common import RESULTS, BenchError, say, worker_env, write_json
 
@@ -61,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         predict.profile(bench.folder, "cpu", env)
         last = 0.0
         for size in args.batches:
-            if bench.left < max(batch.LEAST_S, 2.2 * last):  # twice the sequences take at most twice as long
+            if bench.left < max(LEAST_S, 2.2 * last):  # twice the sequences take at most twice as long
                 left_out.append(size)
                 say(f"batch {size}: no time was left")
                 continue
@@ -153,7 +152,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", choices=sorted(SPECS))
-    batch.common_options(p, 600)
+    common_options(p, 600)
     p.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     p.add_argument("--prompt-tokens", type=int, default=8, help="of each request, 2 or more")
     p.add_argument("--new-tokens", type=int, default=8)

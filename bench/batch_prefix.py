@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import batch
 import batch_job
 import tables
-from batch import GRACE_S, Bench
+from batch_runs import GRACE_S, LEAST_S, Bench, common_options
 from checkpoints import SPECS
 from common import RESULTS, BenchError, say, write_json
 
@@ -49,7 +48,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     for way, options in (("shared", []), ("alone", ["--no-sharing"])):
         seconds = bench.left
-        if seconds < batch.LEAST_S:
+        if seconds < LEAST_S:
             runs[way] = {"error": "no time was left"}
             continue
         with bench.group() as group:
@@ -77,7 +76,7 @@ def failed(result: Mapping[str, Any]) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=sorted(SPECS), default="llama-documents")
-    batch.common_options(p, 600)
+    common_options(p, 600)
     p.add_argument("--requests", type=int, default=200)
     p.add_argument("--documents", type=int, default=4)
     p.add_argument("--document-tokens", type=int, default=1500)

@@ -22,6 +22,7 @@ import batch  # noqa: E402
 import batch_growth  # noqa: E402
 import batch_job as job  # noqa: E402
 import batch_prefix  # noqa: E402
+import batch_runs  # noqa: E402
 import batch_worker  # noqa: E402
 import checkpoints  # noqa: E402
 import disk  # noqa: E402
@@ -204,7 +205,7 @@ def here(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> list[list[str]]:
     """Workers run in this process, unlimited; what they were asked is noted. Requests go through `Model.run`."""
     asked: list[list[str]] = []
 
-    def measured(self: batch.Bench, group: Any, engine: str, command: Any, **options: Any) -> dict[str, Any]:
+    def measured(self: batch_runs.Bench, group: Any, engine: str, command: Any, **options: Any) -> dict[str, Any]:
         words = command(None, self.work / "partial.json")[2:]
         asked.append(words)
         out: list[str] = []
@@ -225,10 +226,10 @@ def here(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> list[list[str]]:
             model.engine.steps[:] = steps  # a run begins with none
             yield i, tokens
 
-    monkeypatch.setattr(batch.Bench, "measured", measured)
+    monkeypatch.setattr(batch_runs.Bench, "measured", measured)
     monkeypatch.setattr(batch_worker, "run_batch", run_batch)
     monkeypatch.setattr(batch_worker, "RATE_S", 0.01)
-    monkeypatch.setattr(batch, "drop_caches", lambda files: "all")
+    monkeypatch.setattr(batch_runs, "drop_caches", lambda files: "all")
     monkeypatch.setattr(predict, "profile", lambda *a: {})
     monkeypatch.setattr(disk, "measure", lambda files, **options: disk.Disk(1e9, 1e9, 1 << 20, 8, True, 0))
     return asked
