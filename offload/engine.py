@@ -223,6 +223,8 @@ class Engine:
         """
         with self._lock:
             cache.parts = [(sequence, len(tokens)) for sequence, tokens in parts]
+            for number, (sequence, _) in enumerate(parts):
+                sequence.prompt_ends = number in wanted
             positions = [sequence.get_seq_length() + i for sequence, tokens in parts for i in range(len(tokens))]
             ends = list(itertools.accumulate(len(tokens) for _, tokens in parts))
             device = self.device.torch_device
