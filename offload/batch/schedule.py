@@ -92,8 +92,11 @@ class Schedule:
         return member, dropped
 
     def beginning(self) -> list[Member]:
-        """Those who can begin now: what they share is there. The caller gives them memory, and sets `begun`."""
-        return [m for m in self.members if not m.begun and (m.donor is None or m.donor.done >= m.shared)]
+        """Those who can begin now: what they share is there. The caller gives them memory and says that they `began`;
+        then others may, who share with them."""
+        return [
+            m for m in self.members if not m.begun and (m.donor is None or (m.donor.begun and m.donor.done >= m.shared))
+        ]
 
     def began(self, member: Member) -> Member | None:
         """It has its own share of the front now; returns the trunk if that was kept for it alone."""
