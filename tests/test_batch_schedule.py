@@ -194,6 +194,9 @@ def jobs(draw: st.DrawFn) -> list[Answer]:
          600, 8, 16, 16, True)  # fmt: skip
 # what goes on with all that one said, whose last token nobody computed
 @example([Answer(segment(0, 20), [1, 2], 2), Answer([*segment(0, 20), 1, 2, 5], [3], 1)], 600, 1, 16, 16, True)
+# the one in the middle leaves first: what it shared in part of a chunk is counted for who shares with it
+@example([Answer(segment(0, 40), say(0, 20), 20), Answer(segment(0, 20) + [8] * 13, [2], 1),
+          Answer(segment(0, 20) + [8] * 13 + [9], say(2, 20), 20)], 600, 3, 40, 16, True)  # fmt: skip
 def test_any_job(answers: list[Answer], room: int, most: int, width: int, chunk: int, sharing: bool) -> None:
     driver = Driver(answers, room, most, width, chunk, sharing)
     driver.run()
