@@ -302,7 +302,8 @@ def test_prefixes_end_to_end(scratch: Path, tmp_path: Path, here: list[list[str]
     assert result["least_prompt_tokens"] == 2 * 40 + 6 * 5
     assert result["agreement"]["identical"] == 6
     assert result["ratio"] == result["alone"]["judged"]["job_s"] / result["shared"]["judged"]["job_s"]
-    assert result["shared"]["prompt_tokens_computed"] == 6 * 45  # the stand-in shares nothing
+    assert result["shared"]["prompt_tokens_computed"] == result["least_prompt_tokens"]
+    assert result["alone"]["prompt_tokens_computed"] == 6 * 45
     assert "6 of 6" in tables.render(result)
 
 
