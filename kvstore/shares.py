@@ -14,8 +14,8 @@ from torch import Tensor
 from kvstore.search import groups
 
 GRAINS = (1, 2, 4, 8)  # neighbouring chunks that are chosen together
-# With one group being enough, demo-moe answers 22 of 30 questions at 12.5 % of 512 to 2048 tokens; 23 with single chunks,
-# or with four groups at least (`bench/sparse_quality.py` asks them)
+# Where one group is enough, demo-moe answers 22 of 30 questions at 12.5 % of 512 to 2048 tokens; with single chunks, or
+# four groups at least, 23 (`bench/sparse_quality.py` asks them)
 LEAST_GROUPS = 4
 
 
