@@ -14,8 +14,8 @@ from torch import Tensor
 from kvstore.search import groups
 
 GRAINS = (1, 2, 4, 8)  # neighbouring chunks that are chosen together
-# Where one group is enough, demo-moe answers 22 of 30 questions at 12.5 % of 512 to 2048 tokens; with single chunks, or
-# four groups at least, 23 (`bench/sparse_quality.py` asks them)
+# With one group being enough, demo-moe answers 27, 22 and 15 of 30 questions at 25, 12.5 and 6 % of 512 to 2048 tokens;
+# with four at least 27, 23 and 14, as with single chunks (`bench/sparse_quality.py` asks them)
 LEAST_GROUPS = 4
 
 
