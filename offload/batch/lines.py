@@ -74,7 +74,7 @@ def split(fd: int, *, begin: int = 0, limit: int = MAX_LINE, seen: Seen | None =
             parts.append(block[at:] if at else block)
             length += len(block) - at
             if length > limit:
-                parts = [b"".join(parts)[:HEAD]]
+                parts = [_head(parts)]
         offset += len(block)
     if length:
         yield from _line(number + 1, start, parts, length, b"", limit, False)
@@ -83,11 +83,15 @@ def split(fd: int, *, begin: int = 0, limit: int = MAX_LINE, seen: Seen | None =
 def _line(number: int, start: int, parts: list[bytes], held: int, last: bytes, limit: int, ended: bool) -> list[Line]:
     length = held + len(last)
     if length > limit:
-        return [Line(number, start, length, None, b"".join([*parts, last[:HEAD]])[:HEAD], ended)]
+        return [Line(number, start, length, None, _head([*parts, last]), ended)]
     data = b"".join([*parts, last]) if parts else last
     if not data or data.isspace():
         return []
     return [Line(number, start, length, data, data[:HEAD], ended)]
+
+
+def _head(parts: list[bytes]) -> bytes:
+    return b"".join(part[:HEAD] for part in parts)[:HEAD]
 
 
 class Source:

@@ -135,6 +135,7 @@ class Output:
         self._errors = errors
         self._stream = stream
         self._failed: OffloadError | None = None
+        self._recovered = False
 
     @classmethod
     def open(
@@ -171,7 +172,8 @@ class Output:
                 files.append(file)
             stream = -1
             if place is not None:
-                named = os.path.abspath(kept) if kept is not None else None
+                # relative, so that all of a job can be moved elsewhere
+                named = os.path.relpath(kept, place.parent) if kept is not None else None
                 journal = Journal.open(place, source.identity, settings, errors=named)
             else:
                 journal = Journal.unnamed(folder or Path.cwd(), source.identity, settings)
@@ -213,6 +215,7 @@ class Output:
         by the next `recover`; of the others nothing is left, and this output takes no more. Raises ValueError if a
         request has its line already.
         """
+        assert self._recovered  # else where the files end is not known
         if self._failed is not None:
             raise self._failed
         try:
@@ -231,7 +234,7 @@ class Output:
         marks: list[Mark] = []
         extents: dict[str, Extent] = {}
         trouble: OffloadError | None = None
-        for file in (self._out, self._errors):
+        for file in [self._out] if self._errors is None else [self._out, self._errors]:
             mine = [a for a in answers if self._file_of(a) is file]
             if not mine or trouble is not None:
                 continue
@@ -286,6 +289,7 @@ class Output:
             recovered = self._agree() if self._files else Recovered(0, 0, ())
         except OSError as e:
             raise _trouble(self._files[0].path, e) from None
+        self._recovered = True
         group: list[Answer] = []
         size = 0
         for number, error in self.journal.rejected():
