@@ -218,8 +218,14 @@ class Output:
         assert self._recovered  # else where the files end is not known
         if self._failed is not None:
             raise self._failed
+        numbers = {answer.number for answer in answers}
+        if len(numbers) < len(answers) or not all(self.journal.awaits(a.number, a.custom_id) for a in answers):
+            raise ValueError("a request is answered twice, or is none of this job's")
+        # stays if this is interrupted: where the files end is not known any more then
+        self._failed = OffloadError("writing the results was interrupted; run the same command again")
         try:
-            self._write(answers, checkpoints)
+            self._write(answers, [c for c in checkpoints if c.number not in numbers])
+            self._failed = None
         except OffloadError as e:
             self._failed = e
             raise
@@ -228,9 +234,6 @@ class Output:
             raise self._failed from None
 
     def _write(self, answers: Sequence[Answer], checkpoints: Sequence[Checkpoint]) -> None:
-        numbers = {answer.number for answer in answers}
-        if len(numbers) < len(answers) or not all(self.journal.awaits(a.number, a.custom_id) for a in answers):
-            raise ValueError("a request is answered twice, or is none of this job's")
         marks: list[Mark] = []
         extents: dict[str, Extent] = {}
         trouble: OffloadError | None = None
@@ -242,9 +245,8 @@ class Output:
             marks += [Mark(a.number, a.failed, end) for a, end in zip(mine, ends, strict=False)]
             if file is not None and ends:
                 extents[file.name] = Extent(file.end, ends[-1], _hash(b"".join(a.line for a in mine[: len(ends)])))
-        left = [c for c in checkpoints if c.number not in numbers]
-        if marks or left:
-            self.journal.commit(marks, lambda: extents, left)
+        if marks or checkpoints:
+            self.journal.commit(marks, lambda: extents, checkpoints)
         for file in self._files:
             if file.name in extents:
                 file.end = extents[file.name].end
