@@ -40,7 +40,7 @@ def command(args: argparse.Namespace) -> int:
             stats = offload.run_batch(
                 args.model, args.input, args.output, errors=args.errors, max_tokens=args.max_tokens,
                 sequences=args.sequences, ignore_eos=args.ignore_eos, share=not args.no_sharing, stop=stop,
-                progress=shown, note=shown.note, **loading(args),
+                on=args.on, workers=args.workers, progress=shown, note=shown.note, **loading(args),
             )  # fmt: skip
     except Interrupted:
         shown.clear()
