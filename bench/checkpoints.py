@@ -130,6 +130,11 @@ SPECS = {
             "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 4096,
             "max_position_embeddings": 40960,
         }),
+        # half as deep, for hundreds of prompts
+        Spec("llama-documents", "1.5GiB", 16, 3 * GIB // 2, {
+            **_LLAMA, "hidden_size": 1536, "num_hidden_layers": 8, "intermediate_size": 2048,
+            "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 4096,
+        }),
         Spec("llama-3b-small", "1GiB", 6, 1 << 20, {
             **_LLAMA, "hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512,
             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,

@@ -26,7 +26,7 @@ LIBRARIES = ("llama", "ggml", "ggml-base")
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled `llama_stream` and the checkout it runs with."""
+    """A compiled program and the checkout it runs with."""
 
     checkout: Path
     program: Path
@@ -36,15 +36,15 @@ class Built:
         self, model: Path, tokens: Path, *, prompt: int, threads: int, max_seconds: float, logits: Path,
         holder: int | None,
     ) -> list[str]:  # fmt: skip
-        """What to run; `holder` is the process of a `limit.Held`, which it ends before it loads."""
+        """What to run of `llama_stream`; `holder` is the process of a `limit.Held`, which it ends before it loads."""
         return [
             str(self.program), str(model), str(tokens), str(prompt), str(threads), str(max_seconds), str(logits),
             str(holder or 0),
         ]  # fmt: skip
 
 
-def build(checkout: Path, out: Path) -> Built:
-    """Compile `llama_stream.c` to `out`. Raises `BenchError` that says what is missing."""
+def build(checkout: Path, out: Path, source: str = "llama_stream.c") -> Built:
+    """Compile `source` of this folder to `out`. Raises `BenchError` that says what is missing."""
     checkout = checkout.resolve()
     libraries = libraries_folder(checkout)
     for header in HEADERS:
@@ -54,14 +54,14 @@ def build(checkout: Path, out: Path) -> Built:
     if compiler is None:
         raise BenchError("a C compiler (cc) is needed to measure llama.cpp")
     command = [
-        compiler, "-O2", "-o", str(out), str(BENCH / "llama_stream.c"),
+        compiler, "-O2", "-o", str(out), str(BENCH / source),
         *(f"-I{(checkout / header).parent}" for header in HEADERS),
         f"-L{libraries}", f"-Wl,-rpath,{libraries}", *(f"-l{name}" for name in LIBRARIES),
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
         errors = [line for line in ran.stderr.splitlines() if "error" in line or "undefined" in line]
-        raise BenchError(f"llama_stream.c does not compile against this llama.cpp: {(errors or [ran.stderr])[0]}")
+        raise BenchError(f"{source} does not compile against this llama.cpp: {(errors or [ran.stderr])[0]}")
     return Built(checkout, out, version(checkout))
 
 

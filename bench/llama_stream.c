@@ -6,77 +6,7 @@
 // usage: llama_stream MODEL.gguf TOKENS.txt PROMPT THREADS MAX_SECONDS LOGITS.safetensors|- HOLDER|0
 //   TOKENS.txt: ids between white space; MAX_SECONDS 0: none; HOLDER: a process that holds memory, ended before loading
 
-#include <signal.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
-
-#include "ggml-backend.h"
-#include "llama.h"
-
-static double now(clockid_t clock) {
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-
-static void fail(const char * what) {
-    fprintf(stderr, "%s\n", what);
-    exit(1);
-}
-
-// the fields after the name, which is in parentheses and may hold anything; empty when there is no such process
-static const char * stat_fields(const char * pid, char * line, size_t size) {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%s/stat", pid);
-    FILE * f = fopen(path, "r");
-    line[0] = 0;
-    if (f) {
-        if (!fgets(line, (int) size, f)) line[0] = 0;
-        fclose(f);
-    }
-    const char * end = strrchr(line, ')');
-    return end ? end + 2 : line;
-}
-
-// when this process was started, on CLOCK_BOOTTIME
-static double born(void) {
-    char line[1024];
-    const char * at = stat_fields("self", line, sizeof line);
-    for (int field = 3; field < 22 && at; field++) at = strchr(at, ' ') ? strchr(at, ' ') + 1 : NULL;
-    return at ? atof(at) / sysconf(_SC_CLK_TCK) : now(CLOCK_BOOTTIME);
-}
-
-static long long status_bytes(const char * key) {
-    char line[256];
-    long long kb = 0;
-    FILE * f = fopen("/proc/self/status", "r");
-    while (f && fgets(line, sizeof line, f))
-        if (!strncmp(line, key, strlen(key))) kb = atoll(line + strlen(key) + 1);
-    if (f) fclose(f);
-    return kb << 10;
-}
-
-// end the process that holds memory and return when its memory is free: it is gone, or a zombie
-static void release(const char * pid) {
-    char line[1024];
-    if (atol(pid) <= 0) return;
-    kill((pid_t) atol(pid), SIGKILL);
-    for (int i = 0; i < 1000; i++) {
-        char state = *stat_fields(pid, line, sizeof line);
-        if (state == 0 || state == 'Z') return;
-        usleep(10000);
-    }
-}
-
-static void problems_only(enum ggml_log_level level, const char * text, void * data) {
-    (void) data;
-    if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
-}
+#include "llama_worker.h"
 
 static void save(const char * path, const float * rows, int n, int vocab) {
     char header[256];
@@ -141,12 +71,9 @@ int main(int argc, char ** argv) {
         if (llama_decode(context, batch)) fail("llama_decode failed");
         const float * logits = llama_get_logits_ith(context, -1);
         if (!logits) fail("no logits");
-        int best = 0;
-        for (int i = 1; i < vocab; i++)
-            if (logits[i] > logits[best]) best = i;
+        chosen[done] = best_of(logits, vocab);
         times[done] = now(CLOCK_MONOTONIC) - t;
         memcpy(rows + (size_t) done * vocab, logits, vocab * sizeof *rows);
-        chosen[done] = best;
         if (done++ == 0) first = now(CLOCK_BOOTTIME);
         if (most > 0 && done > 2 && now(CLOCK_MONOTONIC) - decoding > most) break;
     }
@@ -155,8 +82,7 @@ int main(int argc, char ** argv) {
     double decode_s = 0;
     for (int i = 1; i < done; i++) decode_s += times[i];
     printf("{\"engine\": \"llama.cpp\", \"settings\": {\"n_ctx\": %u, \"system\": \"", llama_n_ctx(context));
-    for (const char * c = llama_print_system_info(); *c; c++)
-        if (*c >= ' ' && *c != '"' && *c != '\\') putchar(*c);
+    print_system();
     printf("\"}, \"prompt_tokens\": %d, \"import_s\": %.6f, \"load_s\": %.6f, \"start_to_first_token_s\": %.6f, "
            "\"ttft_s\": %.6f, \"decode_tokens_per_s\": ", prompt, imported - start, load_s, first - start, times[0]);
     if (decode_s > 0) printf("%.6f", (done - 1) / decode_s);

@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     budgets = [float(b) for b in args.budgets.split(",")]
     full, rows = measure(args.model, args.runner, asked, policies, budgets, args.chunk)
     result = {
-        "kind": "sparse", "name": "sparse", "date": today(), "machine": machine(), "model": args.model.name,
+        "kind": "sparse", "name": args.out.stem, "date": today(), "machine": machine(), "model": args.model.name,
         "runner": args.runner, "chunk_tokens": args.chunk if args.runner == "reference" else None,
         "depths": list(DEPTHS), "full": full, "rows": rows,
     }  # fmt: skip

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import batch_tables
 import tables_kv
 import tables_moe
 from common import GIB, RESULTS, ROOT, BenchError, on_machine, say, shown_rate, shown_times
@@ -216,6 +217,7 @@ _RENDERERS: dict[str, Callable[[Result], str]] = {
     "sparse": tables_kv.sparse,
     "long-context": tables_kv.long_context,
     "resume": tables_kv.resume,
+    **{kind: lambda r, f=f: f(r, on_machine(r["machine"])) for kind, f in batch_tables.RENDERERS.items()},
 }
 
 

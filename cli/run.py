@@ -154,6 +154,7 @@ def _as_json(result: Any) -> dict[str, Any]:
         "kv_bytes_written": stats.total.kv_bytes_written,
         "kv_codec": stats.kv_codec,
         "kv_error": {"keys": loss.keys, "values": loss.values} if loss.keys is not None else None,
+        "kv_grains": list(stats.kv_grains),
         "kv_bytes_before_coding": loss.raw_bytes,
         "kv_bytes_after_coding": loss.coded_bytes,
         "hit_rate": stats.hit_rate,

@@ -34,6 +34,30 @@ def top(scores: Tensor, count: int) -> Tensor:
     return len(scores) - 1 - order
 
 
+def groups(scores: Tensor, grain: int, count: int, first: int, last: int) -> Tensor:
+    """`count` of the chunks first ≤ c < last: whole groups, those whose scores [chunks] sum to most.
+
+    Groups are `grain` chunks, a power of two, from a multiple of `grain` on; the first and the last may lack what lies
+    outside. What remains of `count` goes to groups of half the size, and so on, down to single chunks.
+    """
+    count = min(count, last - first)
+    free = torch.zeros(len(scores), dtype=torch.bool)
+    free[first:last] = True
+    found = []
+    while count > 0:
+        where = free.nonzero()[:, 0] // grain
+        sums = torch.full((int(where[-1]) + 1,), -torch.inf)
+        sums[where] = 0.0
+        sums.index_add_(0, where, scores[free].float())
+        chunks = (top(sums, count // grain)[:, None] * grain + torch.arange(grain)).flatten()
+        chunks = chunks[chunks < last]
+        chunks = chunks[free[chunks]]
+        found.append(chunks)
+        free[chunks] = False
+        count, grain = count - len(chunks), max(grain // 2, 1)
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+
+
 class Search:
     """Looks for the best chunks of one layer for one query.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvstore.abstracts import Abstracts
-from kvstore.search import PLAIN, Search, top
+from kvstore.search import PLAIN, Search, groups, top
 from tiers import UsageError
 
 
@@ -28,12 +28,14 @@ class LayerView:
 
     `abstracts` may lack the last chunks, as long as these are `recent`; an older chunk without one is always wanted.
     `mass` gives the truth, for `Oracle`: (query, scale) → share of each head's softmax on every chunk [heads, chunks].
+    `grain` neighbouring chunks are chosen together by policies that `group` (`kvstore.shares.grain`).
     """
 
     number: int
     chunks: int
     abstracts: Abstracts | None = None
     mass: Callable[[Tensor, float], Tensor] | None = None
+    grain: int = 1
 
 
 class ChunkSelector(Protocol):
@@ -43,6 +45,7 @@ class ChunkSelector(Protocol):
     recent: int
     needs_abstracts: bool
     needs_mass: bool
+    group: bool
 
     def choose(self, layer: LayerView, query: Tensor, scale: float, budget: int) -> list[int]:
         """Ascending chunk numbers: `budget` of them (all if there are no more), at least those always chosen.
@@ -73,6 +76,7 @@ class Recent:
 
     needs_abstracts = False  # whether `LayerView.abstracts` is looked at
     needs_mass = False  # whether anything comes of `attended`
+    group = False  # whether chunks are chosen `LayerView.grain` at a time
 
     def __init__(self, sinks: int = 1, recent: int = 2) -> None:
         """`sinks`: first chunks always chosen; `recent`: last ones (at least 1, the new token's own)."""
@@ -109,10 +113,12 @@ class Recent:
 class Bounds(Recent):
     """By the most that a query can find in a chunk: Quest's bounds, coarse to fine as in LeoAM (`kvstore.search`).
 
-    No key that matches the query is missed for being among others; but bounds of long chunks are loose.
+    No key that matches the query is missed for being among others; but bounds of long chunks are loose: what goes
+    together is scored chunk by chunk.
     """
 
     needs_abstracts = True
+    group = True
 
     def __init__(self, sinks: int = 1, recent: int = 2) -> None:
         super().__init__(sinks, recent)
@@ -126,6 +132,10 @@ class Bounds(Recent):
             return unknown
         search = Search(abstracts, query, scale)
         last = min(last, len(abstracts))
+        if layer.grain > 1:
+            together = _together(search.all(), layer.grain, count - len(unknown), first, last)
+            self.looked_at += search.looked_at
+            return [*together, *unknown]
         wait, penalty = self._vain.get(layer.number, (0, 1))
         plain = wait > 0 or last - first <= PLAIN
         best: list[int] = search.best(count - len(unknown), first, last, plain).tolist()
@@ -147,6 +157,7 @@ class Landmarks(Recent):
     """
 
     needs_abstracts = True
+    group = True
 
     def _best(self, layer: LayerView, query: Tensor, scale: float, count: int, first: int, last: int) -> list[int]:
         abstracts = _abstracts(layer)
@@ -155,6 +166,9 @@ class Landmarks(Recent):
             return unknown
         logits = self._logits(abstracts, query, scale)
         scores = (logits - logits.logsumexp(-1, keepdim=True)).logsumexp(0)  # heads count alike, see kvstore.search
+        if layer.grain > 1:
+            last = min(last, len(abstracts))
+            return [*_together(scores, layer.grain, count - len(unknown), first, last), *unknown]
         best: list[int] = (first + top(scores[first:last], count - len(unknown))).tolist()
         return [*best, *unknown]
 
@@ -283,6 +297,14 @@ def _abstracts(layer: LayerView) -> Abstracts:
     if layer.abstracts is None:
         raise ValueError(f"layer {layer.number} has no abstracts to choose by")
     return layer.abstracts
+
+
+def _together(scores: Tensor, grain: int, count: int, first: int, last: int) -> list[int]:
+    """The best groups by the sums of what scores [chunks], logarithms, stand for."""
+    if first >= last:
+        return []
+    best: list[int] = groups((scores - scores[first:last].max()).exp(), grain, count, first, last).tolist()
+    return best
 
 
 def _grown(held: dict[int, Tensor], layer: LayerView) -> Tensor:

@@ -1,4 +1,4 @@
-"""How large chunks should be, how many each layer may have, and which it will want next: from measured attention.
+"""How many chunks go together, how many each layer may have, and which it will want next: from measured attention.
 
 LeoAM (https://arxiv.org/abs/2506.20187) observes that attention is skewed, by how much differs from layer to layer, and
 that one chunk size and one budget for all layers move bytes that nobody looks at. Pure functions of what was measured.
@@ -9,36 +9,35 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-SIZES = (16, 32, 64, 128, 256)
+from kvstore.search import groups
+
+GRAINS = (1, 2, 4, 8)  # neighbouring chunks that are chosen together
 
 
-def chunk_tokens(mass: Tensor, budget_share: float, sizes: Sequence[int] = SIZES, keep: float = 0.99) -> int:
-    """The largest of `sizes` at which little attention is lost for the larger chunks.
+def grain(mass: Tensor, budget: int, first: int, last: int, grains: Sequence[int] = GRAINS, keep: float = 0.99) -> int:
+    """How many neighbouring chunks are best chosen together: the most at which no head loses much of its attention.
 
-    mass [tokens] or [heads, tokens]: attention that fell on each token. The chunks that hold most of it, as many as
-    `budget_share` (0 to 1) of the tokens make, must hold at least `keep` of what those of the smallest size hold. Large
-    chunks are read in fewer requests and have fewer abstracts; small ones waste less where attention is on few tokens.
-    A size of which the budget does not buy one chunk is out of the question, unless it is the smallest.
+    mass [heads, chunks]: attention that fell on each chunk. Of the `budget` chunks those before `first` and from `last`
+    on are chosen in any case, and prove nothing: the first ones take up most of the attention as it is. Of what is
+    between them the groups that hold most (`kvstore.search.groups`) must keep for every head at least `keep` of what as
+    many single chunks keep. A layer whose attention is on few places far apart gets 1; one that looks at stretches of
+    text, or everywhere alike, gets more, and reads fewer and longer runs. A grain of which the budget does not buy one
+    group is out of the question.
     """
-    per_token = mass.float() if mass.dim() == 1 else mass.float().sum(0)
-    if not sizes or per_token.numel() == 0:
-        raise ValueError("need a size to choose and the attention of at least one token")
-    budget = budget_share * per_token.numel()
-    order = sorted(sizes)
-    least = keep * _held(per_token, order[0], budget)
-    fitting = [s for s in order[1:] if s <= budget and _held(per_token, s, budget) >= least]
-    return max(fitting, default=order[0])
+    if mass.dim() != 2 or mass.numel() == 0:
+        raise ValueError(f"mass {tuple(mass.shape)}: need [heads, chunks], one of each at least")
+    last = max(first, last)
+    room, mass = budget - first - (mass.shape[1] - last), mass.float()
+    if room < 1 or last == first:
+        return 1
 
+    def held(size: int) -> Tensor:
+        return mass[:, groups(mass.sum(0), size, room, first, last)].sum(1)
 
-def _held(per_token: Tensor, size: int, budget: float) -> float:
-    """Attention in the best chunks of `size` tokens that `budget` tokens make."""
-    missing = -len(per_token) % size
-    chunks = torch.nn.functional.pad(per_token, (0, missing)).view(-1, size).sum(1)
-    count = min(max(int(budget / size + 1e-9), 1), len(chunks))
-    return float(chunks.topk(count).values.sum())
+    least = keep * held(1)
+    return max((g for g in grains if 1 < g <= room and bool((held(g) >= least).all())), default=1)
 
 
 def layer_budgets(masses: Sequence[Sequence[float] | Tensor], total: int, least: int = 1) -> list[int]:

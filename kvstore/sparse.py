@@ -15,7 +15,7 @@ import torch
 from kvstore.abstracts import Abstracts
 from kvstore.chunks import KVShape
 from kvstore.selection import DEFAULT_SELECTOR, LayerView, make_selector
-from kvstore.shares import Ahead, layer_budgets
+from kvstore.shares import Ahead, grain, layer_budgets
 
 SINKS, RECENT = 1, 2  # chunks that are always attended to
 _BY_BOUNDS, _BY_MEANS = ("bounds",), ("landmarks", "blend")
@@ -26,6 +26,7 @@ OBSERVED = 16  # the prompt's last queries, whose attention is measured (SnapKV'
 class SparseOptions:
     """`budget`: tokens that a new token attends to (int), or the share of all there are (float, above 0 and up to 1).
 
+    How many neighbouring chunks a layer chooses together, it decides at the end of the prompt (`SparseRow.grain`).
     With `by_layer` the layers share what they have together by how their attention is spread over the prompt.
     """
 
@@ -57,6 +58,7 @@ class SparseRow:
             self.view.abstracts.reserve(chunks)
         self.ahead = Ahead()
         self.mass: torch.Tensor | None = None  # [heads, chunks] of the prompt's last queries
+        self._measured = 0  # chunks of the prompt whose end was
         self.factor = 1.0  # of the budget, by how the layer's attention is spread
         self.attended = self.held = 0  # tokens, of all choices
 
@@ -68,6 +70,8 @@ class SparseRow:
     def crop(self, chunks: int) -> None:
         """Only the first so many full chunks remain."""
         self.view.chunks = chunks
+        if chunks < self._measured - 1:  # the last one may not have been full
+            self.mass, self._measured, self.view.grain = None, 0, 1
         if self.view.abstracts is not None:
             self.view.abstracts.truncate(chunks)
         self.selector.truncated(self.view, chunks)
@@ -76,9 +80,7 @@ class SparseRow:
     def choose(self, length: int, query: torch.Tensor, scale: float) -> Sequence[int] | None:
         """Chunks for query [heads, D], of `length` tokens held, ascending; None: all of them."""
         self.view.chunks = -(-length // self._tokens)
-        given = self._options.budget
-        tokens = given * length if isinstance(given, float) else given
-        budget = max(1, math.ceil(self.factor * tokens / self._tokens))
+        budget = self._budget(length)
         self.held += length
         if budget >= self.view.chunks:
             self.attended += length
@@ -90,9 +92,27 @@ class SparseRow:
 
     def observed(self, mass: torch.Tensor) -> None:
         """The prompt's last queries gave each chunk so much of their attention: mass [heads, chunks]."""
-        self.mass = mass
+        self.mass, self._measured = mass, mass.shape[1]
         self.view.chunks = mass.shape[1]
         self.selector.prompt_ended(self.view, mass)
+        self.suit()
+
+    def suit(self) -> None:
+        """Choose as many neighbouring chunks together as the attention measured last allows."""
+        if self.mass is not None and self.selector.group:
+            n = self.mass.shape[1]
+            self.view.grain = grain(self.mass, self._budget(n * self._tokens), min(SINKS, n), n - RECENT)
+
+    @property
+    def grain(self) -> int:
+        """Neighbouring chunks that are chosen, and fetched, together; 1 until the end of a prompt has been seen."""
+        return self.view.grain
+
+    def _budget(self, length: int) -> int:
+        """Chunks that one of `length` tokens may attend to."""
+        given = self._options.budget
+        tokens = given * length if isinstance(given, float) else given
+        return max(1, math.ceil(self.factor * tokens / self._tokens))
 
     def copy(self) -> SparseRow:
         """The same, for a sequence that goes on from here otherwise."""
@@ -120,4 +140,5 @@ def share_out(rows: Sequence[SparseRow]) -> None:
     shared = layer_budgets(known, sum(each), SINKS + RECENT)
     for row, mine, before in zip(rows, shared, each, strict=True):
         row.factor = mine / before
+        row.suit()
         row.mass = None

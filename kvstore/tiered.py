@@ -244,6 +244,12 @@ class TieredCache(Cache):  # type: ignore[misc]
         books.bytes_read = self._store.bytes_read
         return books
 
+    @property
+    def grains(self) -> tuple[int, ...]:
+        """Neighbouring chunks that the first sequence chooses together, of each layer attended to sparsely."""
+        rows = (layer.rows[0] for layer in self.tiered if layer.rows)
+        return tuple(row.sparse.grain for row in rows if row.sparse is not None)
+
     def unseen(self) -> KVBooks:
         """What was moved since this was asked last."""
         now, then = self.books, self._seen

@@ -160,6 +160,7 @@ def _chosen(
         assert row.sparse is not None
         row.sparse.view.mass = functools.partial(_true_mass, cache, layer, b, rule)
         chosen = row.sparse.choose(row.length, query[b, :, 0], rule.scale) or range(len(row.chunks))
+        row.sparse.view.mass = None  # copies of the row are not of the cache
         spans = list(row.spans(max(_first_seen(pads[b], length - 1, rule) - ahead, 0), row.length, chosen))
         mine = AttentionState(*(t[b : b + 1] for t in (state.largest, state.total, state.mixed)))
         found = []
@@ -202,8 +203,10 @@ def _observe(cache: TieredCache, layer: TieredLayer, query: torch.Tensor, rule: 
     for b, row in enumerate(layer.rows):
         if row.sparse is not None:
             row.sparse.observed(_mass(cache, layer, b, last[b : b + 1], rule))
-    for b in range(len(layer.rows)):
-        share_out([y.rows[b].sparse for y in cache.tiered if y.rows and y.rows[b].sparse is not None])  # type: ignore[misc]
+    everywhere = [y for y in cache.tiered if y.window is None]
+    if all(y.rows for y in everywhere):  # not so in the first pass: the later layers are still to come
+        for b in range(len(layer.rows)):
+            share_out([sparse for y in everywhere if (sparse := y.rows[b].sparse) is not None])
 
 
 def _first_seen(pad: int, query: int, rule: Rule) -> int:

@@ -59,7 +59,8 @@ class RunConfig:
     (None: in the cache folder) of at most `disk` bytes.
     `kv_budget`: sparse attention, which changes what the model says: so many tokens, or that percentage of those there
     are, are attended to by each new token, chosen by `kv_policy` (`kvstore.selection`); with `kv_by_layer` the layers
-    share what they may attend to by how their attention is spread over the prompt.
+    share what they may attend to by how their attention is spread over the prompt. How many neighbouring chunks a layer
+    chooses together follows from that, too (`kvstore.shares.grain`).
     `kv_codec`: `int8` or `int4`, which change what the model says: how keys and values are coded that leave memory; for
     each tier `ram=int8,disk=int4`, where `ram` codes those that stay, too (`kvstore.cold`).
     `batch`: the plan is made for a batch job, of which so many sequences run at once, or for one that is described.

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from kvstore import RaggedCache, TieredCache, spoil
 from kvstore.chunks import LEAST_TOKENS
+from kvstore.sparse import OBSERVED
 from moe import LayerExperts, grouped, kernels
 from offload import graphs, hardware, hf, launches, native
 from offload.binding import Binder
@@ -197,13 +198,15 @@ class Engine:
             assert sequences.cache is not None
             outs = []
             past = sequences.cache.get_seq_length()
-            for at in range(0, tokens.shape[1], chunk):
+            at = 0
+            for n in pieces(tokens.shape[1], chunk, OBSERVED if self.kv.sparse is not None else 1):
                 if isinstance(sequences.cache, TieredCache):
-                    sequences.cache.prompt_ends = at + chunk >= tokens.shape[1]
-                part = tokens[:, at : at + chunk]
+                    sequences.cache.prompt_ends = at + n == tokens.shape[1]
+                part = tokens[:, at : at + n]
                 inputs = _slice(sequences.inputs, past, at, part.shape[1])
                 out = self._pass(part, sequences.cache, inputs)
                 outs.append(out.logits if keep == 0 else out.logits[:, -keep:])
+                at += n
             out.logits = torch.cat(outs, dim=1) if keep == 0 or keep > outs[-1].shape[1] else outs[-1]
             if keep:
                 out.logits = out.logits[:, -keep:]
@@ -220,6 +223,8 @@ class Engine:
         """
         with self._lock:
             cache.parts = [(sequence, len(tokens)) for sequence, tokens in parts]
+            for number, (sequence, _) in enumerate(parts):
+                sequence.prompt_ends = number in wanted
             positions = [sequence.get_seq_length() + i for sequence, tokens in parts for i in range(len(tokens))]
             ends = list(itertools.accumulate(len(tokens) for _, tokens in parts))
             device = self.device.torch_device
@@ -494,6 +499,16 @@ def ram_budget(config: RunConfig) -> int:
     if config.ram is None:
         return int(mem.available() * 0.85)  # the rest is for what else runs here
     return parse_size(config.ram, of=mem.available(), flag="--ram")
+
+
+def pieces(tokens: int, chunk: int, least: int = 1) -> list[int]:
+    """Tokens of each pass over a prompt: `chunk`, and what is left. Where that is fewer than `least` (the last queries
+    are looked at together, see `kvstore.sparse`), the pass before leaves it some."""
+    sizes = [min(chunk, tokens - at) for at in range(0, tokens, chunk)]
+    short = least - sizes[-1] if len(sizes) > 1 else 0
+    if 0 < short <= chunk - least:
+        sizes[-2:] = [chunk - short, least]
+    return sizes
 
 
 def _slice(inputs: Mapping[str, Any], past: int, at: int, n: int) -> dict[str, Any]:

@@ -161,8 +161,8 @@ class Model:
         """Answer many requests at once, each as soon as it has its answer, in any order.
 
         A request is a prompt (text or token ids) or a mapping as in a line of OpenAI's batch files: `messages` or
-        `prompt`, `max_tokens`, `temperature`, `stop` and so on, and a `custom_id` if wanted. They are asked for as they
-        are needed, so that there may be any number. Options: `sequences` at once, `max_tokens` and `ignore_eos` for
+        `prompt`, `max_tokens`, `temperature`, `stop` and so on, and a `custom_id` if wanted. A list is put in order so
+        that fronts in common are computed once; of an iterator, which may be endless, requests are taken as needed. Options: `sequences` at once, `max_tokens` and `ignore_eos` for
         all, `share` (fronts in common are computed once; default True). For the most speed load the model with
         `batch=` the number of sequences. A request that cannot be run has a result with an `error`.
         """
@@ -342,8 +342,10 @@ class Model:
                     **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
                 )
         finally:
-            if cache is None and isinstance(past, TieredCache):
-                past.close()
+            if isinstance(past, TieredCache):
+                result.stats.kv_grains = past.grains
+                if cache is None:
+                    past.close()
         for row in out[:, width:].tolist():
             # a row that ended early is padded to the longest; its end token is its last
             cut = next((i + 1 for i, t in enumerate(row) if t in ends), len(row))

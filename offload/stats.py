@@ -66,6 +66,7 @@ class RequestStats:
     prediction: Prediction | None = None  # None where none is made: beam search, several batches in one call
     inexact: tuple[str, ...] = ()  # what was asked for that changes what the model says
     kv_codec: str | None = None  # how keys and values were coded; None: as they are
+    kv_grains: tuple[int, ...] = ()  # chunks chosen together, of each layer attended to sparsely (`kvstore.shares`)
     learned: str = ""  # what this run corrected for the next plan, and why
 
     @property

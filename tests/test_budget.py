@@ -61,6 +61,33 @@ def test_a_large_head_is_never_copied(wide_head: Path) -> None:
     assert json.loads(run.stdout)["peak_rss_bytes"] <= ram
 
 
+def test_a_batch_job_stays_under_the_budget(wide_dense: Path, tmp_path: Path) -> None:
+    """Many sequences' keys and values, logits and pieces of prompts, beside weights that are streamed."""
+    lines = [
+        {"custom_id": str(i), "prompt": [4 + (i * 7 + j) % 150 for j in range(30 + 17 * i % 200)], "max_tokens": 6}
+        for i in range(16)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def batch(ram: str) -> subprocess.CompletedProcess[str]:
+        files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+        return subprocess.run(
+            [sys.executable, "-m", "cli.main", "batch", str(wide_dense), *files, "--json", "--sequences", "12",
+             "--ignore-eos", "--ram", ram],
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+
+    refused = batch("32MiB")
+    assert refused.returncode == 1
+    ram = parse_size(refused.stderr.strip().rsplit(" ", 1)[1])
+    run = batch(str(ram))
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["done"] == len(lines)
+    assert result["peak_rss_bytes"] <= ram
+    assert result["bytes_read"] > 0, "the model fits this budget, so the test shows nothing"
+
+
 def test_an_emulated_device_stays_inside_ram_and_vram(wide_dense: Path) -> None:
     """Everything goes from disk through RAM to the device; the process may take both budgets together."""
     prompt = ",".join(str(4 + i % 150) for i in range(200))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvstore.abstracts import Abstracts
-from kvstore.search import Search, top
+from kvstore.search import Search, groups, top
 from kvstore.selection import DEFAULT_SELECTOR, SELECTORS, Bounds, HeavyHitters, LayerView, PromptWindow, make_selector
-from kvstore.shares import Ahead, chunk_tokens, layer_budgets
+from kvstore.shares import Ahead, grain, layer_budgets
 from tiers import UsageError
 
 KV, HEADS, DIM, CHUNK = 2, 4, 32, 16
@@ -313,29 +314,100 @@ def test_recent_is_sinks_and_window() -> None:
 # chunk sizes and budgets from skew
 
 
-def test_flat_attention_gets_large_chunks_and_spikes_small_ones() -> None:
-    flat = torch.ones(4096) / 4096
-    assert chunk_tokens(flat, 0.25) == 256
-    spikes = torch.full((2, 4096), 1e-6)
-    spikes[0, ::80] = 1.0  # 52 spikes far apart: a budget of 1024 tokens holds them all only in chunks of 16
-    assert chunk_tokens(spikes, 0.25) == 16
-    # in one place they are, and any size holds them
-    together = torch.full((4096,), 1e-9)
-    together[1024:1280] = 1.0
-    assert chunk_tokens(together, 0.25) == 256
-    # halfway: runs of 64 tokens, wherever they begin
-    runs = torch.full((4096,), 1e-9)
-    for begin in range(64, 4096, 512):
-        runs[begin : begin + 64] = 1.0
-    assert chunk_tokens(runs, 0.125) == 64
-    # less is asked for, or the budget is ample: larger
-    assert chunk_tokens(spikes, 0.25, keep=0.05) == 256
-    assert chunk_tokens(spikes, 1.0) == 256
-    # no size of which the budget does not buy one
-    assert chunk_tokens(flat, 0.01) == 32
-    assert chunk_tokens(torch.ones(5), 0.5) == 16
-    with pytest.raises(ValueError, match="at least one token"):
-        chunk_tokens(torch.ones(0), 0.5)
+def attention(chunks: int, on: Sequence[int], heads: int = 1) -> Tensor:
+    """[heads, chunks]: nearly all attention on these chunks, the rest even."""
+    mass = torch.full((heads, chunks), 1e-6)
+    mass[:, list(on)] = 1.0
+    return mass / mass.sum(1, keepdim=True)
+
+
+def test_peaked_attention_gets_single_chunks_and_spread_attention_groups() -> None:
+    apart = range(3, 250, 5)  # 50 places: a budget of 64 chunks holds them one by one only
+    assert grain(attention(256, apart), 64, 1, 254) == 1
+    assert grain(torch.ones(2, 256), 64, 1, 254) == 8
+    # runs of 4 chunks, wherever they begin
+    runs = [c for begin in range(8, 248, 16) for c in range(begin, begin + 4)]
+    assert grain(attention(256, runs), 64, 1, 254) == 4
+    assert grain(attention(256, range(64, 96)), 64, 1, 254) == 8
+    # one head among others that looks at single places is enough
+    mixed = torch.cat((attention(256, runs, heads=7), attention(256, apart)))
+    assert grain(mixed, 128, 1, 254) == 1 < grain(mixed[:7], 128, 1, 254)
+    # less is asked for
+    assert grain(attention(256, apart), 64, 1, 254, keep=0.2) == 8
+    assert grain(attention(256, range(64, 96)), 64, 1, 254, grains=(1, 2)) == 2
+
+
+def test_what_is_always_chosen_proves_nothing() -> None:
+    """The first and the last chunks may have nearly all of the attention: it matters which others come all the same."""
+    mass = attention(256, range(3, 250, 5)) * 0.005
+    mass[0, 0], mass[0, 255] = 0.5, 0.495
+    assert grain(mass, 64, 1, 254) == 1
+    runs = attention(256, range(64, 96)) * 0.005
+    runs[0, 0], runs[0, 255] = 0.5, 0.495
+    assert grain(runs, 64, 1, 254) == 8
+
+
+def test_no_grain_of_which_the_budget_buys_no_group() -> None:
+    together = attention(256, [100, 101])
+    assert grain(together, 6, 1, 254) == 2
+    assert grain(together, 4, 1, 254) == grain(together, 2, 1, 254) == grain(together, 0, 1, 254) == 1
+    assert grain(torch.ones(1, 2), 2, 1, 0) == 1
+    with pytest.raises(ValueError, match=r"need \[heads, chunks\]"):
+        grain(torch.ones(2, 0), 8, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["bounds", "landmarks", "blend"])
+@settings(max_examples=60, deadline=None)
+@given(
+    chunks=st.integers(1, 60),
+    budget=st.integers(0, 60),
+    size=st.sampled_from([2, 4, 8]),
+    sinks=st.integers(0, 3),
+    recent=st.integers(1, 3),
+)
+def test_groups_are_chosen_whole_and_within_the_budget(
+    name: str, chunks: int, budget: int, size: int, sinks: int, recent: int
+) -> None:
+    layer = view(keys_of(chunks), summarised=max(chunks - 1, 0))  # the chunk being filled has no abstract yet
+    layer.grain = size
+    chosen = make_selector(name, sinks, recent).choose(layer, query_of(), SCALE, budget)
+    always = {*range(min(sinks, chunks)), *range(max(chunks - recent, 0), chunks)}
+    assert chosen == sorted(set(chosen)) and always <= set(chosen) <= set(range(chunks))
+    assert len(chosen) == min(max(budget, len(always)), chunks)
+    # whole groups, and what is left of the budget in less than as many smaller ones
+    free, picked = set(range(chunks)) - always, set(chosen) - always
+    parts = [{c for c in free if c // size == g} for g in range(chunks)]
+    broken = [p & picked for p in parts if p & picked and p - picked]
+    assert len(broken) <= max(size.bit_length() - 1, 0) + 2
+    assert sum(map(len, broken)) < 3 * size
+
+
+@pytest.mark.parametrize("name", ["bounds", "landmarks", "blend"])
+def test_groups_are_those_with_the_best_chunks(name: str) -> None:
+    keys, query = keys_of(120), query_of()
+    for depth in (21, 22, 90):
+        keys[1, depth * CHUNK : (depth + 1) * CHUNK] = 3 * query[2] / query[2].norm() * DIM**0.5
+    layer = view(keys)
+    layer.grain = 4
+    assert make_selector(name).choose(layer, query, SCALE, 11) == [0, 20, 21, 22, 23, 88, 89, 90, 91, 118, 119]
+    layer.grain = 2
+    assert {20, 21, 22, 23, 90, 91} <= set(make_selector(name).choose(layer, query, SCALE, 10))
+
+
+def test_groups_hold_the_most_that_whole_groups_can() -> None:
+    scores = torch.rand(23, generator=torch.Generator().manual_seed(5))
+    got = groups(scores, 4, 9, 2, 20).tolist()  # of 2-3, 4-7, 8-11, 12-15, 16-19
+    parts = [range(2, 4), *(range(a, a + 4) for a in (4, 8, 12, 16))]
+    best = max(itertools.combinations(parts, 2), key=lambda two: sum(float(scores[c]) for p in two for c in p))
+    whole = sorted(c for p in best for c in p)
+    assert sorted(got[: len(whole)]) == whole
+    assert len(got) == len(set(got)) == 9
+    assert got[8] == max(set(range(2, 20)) - set(whole), key=lambda c: float(scores[c]))
+    # one more makes a pair
+    pair = groups(scores, 4, 10, 2, 20).tolist()[8:]
+    assert pair[0] % 2 == 0 and pair[1] == pair[0] + 1 and not set(pair) & set(whole)
+    assert groups(scores, 4, 9, 5, 5).tolist() == []
+    assert sorted(groups(scores, 8, 99, 3, 7).tolist()) == [3, 4, 5, 6]
 
 
 @settings(max_examples=80, deadline=None)

@@ -14,13 +14,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tiers.arena import Slot
 from tiers.block import Block, Segment
 from tiers.errors import Interrupted, OffloadError, ReadError
-from tiers.reader import BlockReader, Piece
+from tiers.reader import BlockReader, DirectReader, Piece
 from tiers.trace import Trace
+
+JOINED = 256 << 10  # most bytes of a request for several blocks: larger ones gain little
 
 
 class Cause(IntEnum):
@@ -98,6 +100,19 @@ class Link(Protocol):
         ...
 
 
+@runtime_checkable
+class Joining(Protocol):
+    """A link that may move several pieces in one request."""
+
+    def joins(self, piece: Piece, after: Piece) -> bool:
+        """Whether `after` lies just behind `piece`."""
+        ...
+
+    def move_joined(self, parts: Sequence[tuple[Ticket, Piece]]) -> list[int] | None:
+        """Move them all; returns the bytes of each. None: it cannot be done together, and each must go by itself."""
+        ...
+
+
 class Meter:
     """What one link carried: bytes by cause, and wall time with at least one request in flight. Thread-safe.
 
@@ -155,6 +170,15 @@ class DiskLink:
         """Read."""
         return self._reader.read(piece, ticket.slot)
 
+    def joins(self, piece: Piece, after: Piece) -> bool:
+        """See `Joining`."""
+        return isinstance(self._reader, DirectReader) and self._reader.joins(piece, after)
+
+    def move_joined(self, parts: Sequence[tuple[Ticket, Piece]]) -> list[int] | None:
+        """See `Joining`."""
+        assert isinstance(self._reader, DirectReader)
+        return self._reader.read_joined([(piece, ticket.slot) for ticket, piece in parts])
+
     def finish(self, ticket: Ticket, whole: bool) -> None:
         """Bytes of a changed file never reach a model."""
         if whole and ticket.block is not None:
@@ -178,6 +202,7 @@ class TransferQueue:
         self, link: Link | BlockReader, depth: int = 8, trace: Trace | None = None, direct: Meter | None = None
     ) -> None:
         self._link: Link = link if hasattr(link, "cut") else DiskLink(link)  # type: ignore[assignment]
+        self._joining = self._link if isinstance(self._link, Joining) else None
         self._trace = trace
         self.meter = Meter(self._link.name)
         self._direct = direct or self.meter
@@ -286,6 +311,25 @@ class TransferQueue:
                     self._finish(ticket, False)
         return None
 
+    def _request(self) -> list[tuple[Ticket, Piece]] | None:
+        """The most urgent piece, and those that would go next and lie just behind it. Called under the lock."""
+        first = self._next()
+        if first is None:
+            return None
+        parts, total = [first], first[1].nbytes
+        while self._joining is not None:
+            while self._heap and not self._heap[0][-1]._pieces:
+                heapq.heappop(self._heap)
+            if not self._heap:
+                break
+            ticket = self._heap[0][-1]
+            piece = ticket._pieces[0]
+            total += piece.nbytes
+            if total > JOINED or not self._joining.joins(parts[-1][1], piece):
+                break
+            parts.append((ticket, ticket._pieces.popleft()))
+        return parts
+
     def _finish(self, ticket: Ticket, whole: bool) -> None:
         try:
             self._link.finish(ticket, whole)
@@ -302,34 +346,54 @@ class TransferQueue:
     def _work(self) -> None:
         while True:
             with self._cond:
-                while (job := self._next()) is None:
+                while (parts := self._request()) is None:
                     if self._closed:
                         return
                     self._cond.wait(self._link.poll_s if self._heap else None)
-                ticket, piece = job
-                if not ticket.started:
-                    ticket.started = time.perf_counter()
-                ticket._running.append(piece)
-                self._meter(ticket).begin()
-            error: OffloadError | None = None
-            moved = 0
-            try:
-                fence = ticket.slot.fence
-                if fence is not None:
-                    fence.synchronize()  # a slot is reused only after the compute that read it
-                    ticket.slot.fence = None
-                moved = self._link.move(ticket, piece)
-            except BaseException as e:  # a worker must never die with a ticket in its hands
-                error = _as_error(ticket, e)
-            with self._cond:
-                ticket._running.remove(piece)
-                ticket.nbytes += moved
-                self._meter(ticket).end(ticket.cause, moved)
-                if error is not None:
-                    ticket.error = ticket.error or error
-                    ticket._pieces.clear()
-                if not ticket._pieces and not ticket._running and not ticket.done:
-                    self._finish(ticket, ticket.error is None and not ticket.cancelled)
+                for ticket, piece in parts:
+                    if not ticket.started:
+                        ticket.started = time.perf_counter()
+                    ticket._running.append(piece)
+                    self._meter(ticket).begin()
+            moved = self._joined(parts) if len(parts) > 1 else None
+            for i, (ticket, piece) in enumerate(parts):
+                error: OffloadError | None = None
+                nbytes = 0
+                try:
+                    nbytes = self._moved(ticket, piece) if moved is None else moved[i]
+                except BaseException as e:  # a worker must never die with a ticket in its hands
+                    error = _as_error(ticket, e)
+                with self._cond:
+                    ticket._running.remove(piece)
+                    ticket.nbytes += nbytes
+                    self._meter(ticket).end(ticket.cause, nbytes)
+                    if error is not None:
+                        ticket.error = ticket.error or error
+                        ticket._pieces.clear()
+                    if not ticket._pieces and not ticket._running and not ticket.done:
+                        self._finish(ticket, ticket.error is None and not ticket.cancelled)
+
+    def _moved(self, ticket: Ticket, piece: Piece) -> int:
+        _free(ticket)
+        return self._link.move(ticket, piece)
+
+    def _joined(self, parts: Sequence[tuple[Ticket, Piece]]) -> list[int] | None:
+        """Bytes of each, in one request; None: whatever stands in the way, each finds it by itself."""
+        assert self._joining is not None
+        try:
+            for ticket, _ in parts:
+                _free(ticket)
+            return self._joining.move_joined(parts)
+        except BaseException:
+            return None
+
+
+def _free(ticket: Ticket) -> None:
+    """Wait for the compute that read the slot: it is reused only after that."""
+    fence = ticket.slot.fence
+    if fence is not None:
+        fence.synchronize()
+        ticket.slot.fence = None
 
 
 def _as_error(ticket: Ticket, e: BaseException) -> OffloadError:

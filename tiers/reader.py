@@ -191,6 +191,27 @@ class DirectReader:
             piece.codec.decode(bounce[skip : skip + piece.nbytes], slot.view[piece.dst : piece.dst + out])
         return whole
 
+    def joins(self, piece: Piece, after: Piece) -> bool:
+        """Whether both can be read in one request: whole pages into their slots, one behind the other in the file."""
+        return (
+            piece.direct
+            and after.direct
+            and piece.file == after.file
+            and piece.offset + page_up(piece.nbytes) == after.offset
+            and not self._files[piece.file].buffered
+        )
+
+    def read_joined(self, parts: Sequence[tuple[Piece, Slot]]) -> list[int] | None:
+        """Read pieces that join in one request; returns the bytes of each. None: they have to be read one by one, be it
+        because the file ends before they do."""
+        first, sizes = parts[0][0], [page_up(piece.nbytes) for piece, _ in parts]
+        views = [slot.view[p.dst : p.dst + size] for (p, slot), size in zip(parts, sizes, strict=True)]
+        try:
+            got = os.preadv(self._files[first.file].fd, views, first.offset)
+        except OSError:
+            return None
+        return sizes if got == sum(sizes) else None
+
     def _pread(self, f: OpenFile, into: memoryview, offset: int, needed: int) -> None:
         got = torn = 0
         while got < needed:

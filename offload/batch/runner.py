@@ -161,14 +161,16 @@ class RaggedRunner:
 
     def _begin(self) -> None:
         """Memory for those who can begin."""
-        for member in self._schedule.beginning():
-            if member.donor is not None and member.shared:
-                self._sequences[member] = self._cache.fork(self._sequences[member.donor], member.shared)
-                _task(member).reused = min(member.shared, len(_task(member).prompt))
-                self.progress.reused += _task(member).reused
-            else:
-                self._sequences[member] = self._cache.new_sequence()
-            self._forget(self._schedule.began(member))
+        while ready := self._schedule.beginning():
+            for member in ready:
+                if member.donor is not None and member.shared:
+                    self._sequences[member] = self._cache.fork(self._sequences[member.donor], member.shared)
+                    task = _task(member)
+                    task.reused = min(member.shared, len(task.prompt))
+                    self.progress.reused += task.reused
+                else:
+                    self._sequences[member] = self._cache.new_sequence()
+                self._forget(self._schedule.began(member))
 
     def _forget(self, member: Member | None) -> None:
         sequence = self._sequences.pop(member, None) if member is not None else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from offload.layout import ModelLayout
 from offload.planning.budgets import READERS, RESERVE, Budgets, Demand, Overrides
-from offload.planning.keys import WORTH, KVTiers, Way
+from offload.planning.keys import WORTH, WORTH_JOB, KVTiers, Way
 from offload.planning.placement import Room, Weights
 from offload.planning.plan import Plan, TierPlan
 from offload.sizes import ceil_mib, format_size
@@ -156,7 +156,7 @@ def make_plan(
     if scores is None or len(candidates) == 1:
         use, placed = candidates[-1]
     else:
-        use, placed = _fastest(candidates, both, scores, len(model.dense))
+        use, placed = _fastest(candidates, both, scores, len(model.dense), WORTH if demand.job is None else WORTH_JOB)
     host, device = both(placed)
     kv, activations = taken[use]
     host_room = 0
@@ -207,12 +207,13 @@ def _fastest(
     both: Callable[[TierPlan], tuple[TierPlan, TierPlan | None]],
     scores: Scores,
     layers: int,
+    worth: float,
 ) -> tuple[Use, TierPlan]:
     """The candidate with the best exact score, as far as time allows: in order of bound, until no other can win."""
 
     def scored(score: Score, i: int) -> float:
         use, placed = candidates[i]
-        return _rounded(score(*both(placed), use) * (1.0 if use.kv is None else WORTH))
+        return _rounded(score(*both(placed), use) * (1.0 if use.kv is None or use.kv.share >= 1 else worth))
 
     # ties go to what keeps more keys and values, then to what streams least; rounding keeps the order of sums out of it
     ranked = sorted(

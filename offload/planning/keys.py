@@ -14,6 +14,7 @@ LEAST_SHARE = 8  # one in so many
 # A plan that reads keys and values must be this much faster than one that does not. Where weights are streamed a byte
 # is worth about the same wherever it lies, and what is not simulated (other requests' lengths, Python) decides.
 WORTH = 1.02
+WORTH_JOB = 1.15  # many sequences read many small chunks, and the link that their weights come over, too
 
 
 @dataclass(frozen=True, slots=True)
