@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ import queue
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -67,10 +67,10 @@ def require() -> None:
         raise UsageError("--on ray: ray is not installed; pip install 'offload[ray]', here and on every node")
 
 
-class Place(NamedTuple):
-    """Where a worker runs, and what it takes there."""
+class Pool(NamedTuple):
+    """So many workers, each of which takes so much of its node."""
 
-    node: str
+    workers: int
     cpus: float
     gpus: int
 
@@ -92,8 +92,8 @@ class RayJob(BatchJob):
         self._told(stats)
         with _connected():
             self.check()
-            places = _places(self._workers, self.config)
-            each = math.ceil(work.requests / len(places))
+            pool = _pool(self._workers, self.config)
+            each = math.ceil(work.requests / pool.workers)
             mean = Job(
                 each, max(1, work.prompt_tokens // work.requests), max(1, work.new_tokens // work.requests),
                 work.longest_prompt + work.longest_new, sequences,
@@ -103,14 +103,13 @@ class RayJob(BatchJob):
                 journal.job, self._model, weights, self.preparer.name, self.preparer.names,
                 replace(self.config, batch=mean), self.preparer.max_tokens, self.preparer.ignore_eos, share,
             )  # fmt: skip
-            self._began = time.perf_counter()
             rows = USUAL_ROWS if sequences is None else math.ceil(2 * sequences / IN_FLIGHT)
-            least = (work.prompt_tokens + work.new_tokens) / (len(places) * IN_FLIGHT)
+            least = (work.prompt_tokens + work.new_tokens) / (pool.workers * IN_FLIGHT)
             while True:
                 before = stats.done + stats.failed
                 shards = _shards(given, journal, rows, least, share)
                 try:
-                    if not self._round(shards, order, places):
+                    if not self._round(shards, order, pool):
                         return
                 finally:
                     assert self._writer is not None
@@ -121,10 +120,11 @@ class RayJob(BatchJob):
                         "command again"
                     )
 
-    def _round(self, shards: Iterator[list[tuple[Pending, Row]]], order: Order, places: list[Place]) -> bool:
+    def _round(self, shards: Iterator[list[tuple[Pending, Row]]], order: Order, pool: Pool) -> bool:
         """Have some of what waits answered; returns False if nothing waited."""
         import ray
 
+        stats = self.stats
         waiting: dict[int, Pending] = {}
         blocks, size = [], 0
         for shard in shards:
@@ -136,15 +136,16 @@ class RayJob(BatchJob):
                 break
         if not blocks:
             return False
-        with contextlib.closing(_Stream(blocks, order, places)) as stream:
+        with contextlib.closing(_Stream(blocks, order, pool)) as stream:
             while True:
                 self.check()
                 message = stream.next(0.2)
                 if message is not None:
                     self._take(message, waiting)
                 elif stream.ended:
+                    stats.running = 0
                     return True
-                self._show(len(places))
+                self._show(pool.workers)
 
     def _take(self, message: Message, waiting: dict[int, Pending]) -> None:
         assert self._writer is not None
@@ -173,9 +174,11 @@ class RayJob(BatchJob):
         """What the workers say, together. One that died has done what it did."""
         stats, now = self.stats, time.monotonic()
         told = [t for _, t in self._heard.values() if not t.loading]
-        stats.seconds = time.perf_counter() - self._began
         if told:
+            self._began = self._began or time.perf_counter()  # starting Ray and loading are apart
+            stats.seconds = time.perf_counter() - self._began
             stats.what = "requests"
+            stats.peak_rss_bytes = max(t.peak_rss_bytes for t in told)
             stats.load_s = max(t.load_s for t in told)
             stats.budget_bytes = max(t.budget_bytes for t in told)
             stats.predicted = sum(t.predicted for t in told) / len(told) * workers or None
@@ -216,12 +219,12 @@ def _shards(
 class _Stream:
     """What the workers send, as it comes. A thread waits for it, so that who asks can be told to stop meanwhile."""
 
-    def __init__(self, blocks: list[Any], order: Order, places: list[Place]) -> None:
+    def __init__(self, blocks: list[Any], order: Order, pool: Pool) -> None:
         self._come: queue.SimpleQueue[Message | BaseException | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self.ended = False
         self._thread = threading.Thread(
-            target=self._serve, args=(blocks, order, places), name="batch-cluster", daemon=True
+            target=self._serve, args=(blocks, order, pool), name="batch-cluster", daemon=True
         )
         self._thread.start()
 
@@ -241,9 +244,9 @@ class _Stream:
         self._closing.set()
         self._thread.join(_STOP_S)
 
-    def _serve(self, blocks: list[Any], order: Order, places: list[Place]) -> None:
+    def _serve(self, blocks: list[Any], order: Order, pool: Pool) -> None:
         try:
-            with contextlib.closing(_batches(blocks, order, places)) as batches:
+            with contextlib.closing(_batches(blocks, order, pool)) as batches:
                 for batch in batches:
                     for row in batch.to_pylist():
                         self._come.put(_message(order.job, row))
@@ -253,39 +256,30 @@ class _Stream:
         except OffloadError as e:
             self._come.put(e)
         except BaseException as e:
-            what = " ".join(str(e).split())[-300:]
+            cause = getattr(e, "cause", None) or e.__cause__ or e
+            what = " ".join(str(cause).split())[:300]
             self._come.put(
                 OffloadError(
-                    f"the cluster failed ({type(e).__name__}: {what}); what is answered is kept: when that is put "
+                    f"the cluster failed ({type(cause).__name__}: {what}); what is answered is kept: when that is put "
                     "right, run the same command again"
                 )
             )
 
 
-def _batches(blocks: list[Any], order: Order, places: list[Place]) -> Generator[Any]:
+def _batches(blocks: list[Any], order: Order, pool: Pool) -> Generator[Any]:
     """Arrow tables of messages."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    following = itertools.cycle(places)
-
-    def arguments() -> dict[str, Any]:
-        """Of the next worker."""
-        place = next(following)
-        where = NodeAffinitySchedulingStrategy(place.node, soft=True)
-        took = {"num_cpus": place.cpus, **({"num_gpus": place.gpus} if place.gpus else {})}
-        return {**took, "scheduling_strategy": where, "max_restarts": RESTARTS, "max_task_retries": RESTARTS}
-
-    gpus = min(place.gpus for place in places)
-    least = {"num_cpus": min(place.cpus for place in places), **({"num_gpus": gpus} if gpus else {})}
-    answers = ray.data.from_arrow_refs(blocks).map_batches(
-        _Actor, fn_constructor_args=(order,), batch_size=None, batch_format="pyarrow",
-        ray_remote_args_fn=arguments, **least,
-        compute=ray.data.ActorPoolStrategy(
-            size=len(places), max_tasks_in_flight_per_actor=IN_FLIGHT, max_concurrent_calls_per_actor=IN_FLIGHT,
-            enable_true_multi_threading=True,
-        ),
+    compute = ray.data.ActorPoolStrategy(
+        size=pool.workers, max_tasks_in_flight_per_actor=IN_FLIGHT, max_concurrent_calls_per_actor=IN_FLIGHT,
+        enable_true_multi_threading=True,
     )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # how restarts are limited is to change in 2.64
+        answers = ray.data.from_arrow_refs(blocks).map_batches(
+            _Actor, fn_constructor_args=(order,), batch_size=None, batch_format="pyarrow", compute=compute,
+            num_cpus=pool.cpus, num_gpus=pool.gpus or None, max_restarts=RESTARTS, max_task_retries=RESTARTS,
+        )  # fmt: skip
     answers.context.target_max_block_size = 1  # a message is a block, and goes out when it is there
     batches = iter(answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
@@ -377,12 +371,14 @@ def _connected() -> Iterator[None]:
     own = not ray.is_initialized()
     try:
         if own:
-            with _handlers():
+            with _handlers(), _hushed():
                 try:
                     ray.init(include_dashboard=False, logging_level=logging.CRITICAL, log_to_driver=False)
                 except Exception as e:
                     what = " ".join(str(e).split())[:300]
                     raise OffloadError(f"--on ray: {what}; is RAY_ADDRESS right, and the cluster up?") from e
+            # else what becomes of workers is told on stdout, where results may go
+            ray._private.worker._worker_logs_enabled = False
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -394,6 +390,19 @@ def _connected() -> Iterator[None]:
         if own:
             with _handlers():
                 ray.shutdown()
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """While this lasts, nothing is said on stderr: Ray's core says how loud it is to be, to which nobody can object."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager
@@ -411,27 +420,23 @@ def _handlers() -> Iterator[None]:
                 signal.signal(s, handler)
 
 
-def _places(workers: int | None, config: RunConfig) -> list[Place]:
-    """Nodes in turn, for so many workers (None: one for each). Raises `UsageError`, `OffloadError`."""
+def _pool(workers: int | None, config: RunConfig) -> Pool:
+    """One worker for each node, or `workers` that are spread over them. Raises `UsageError`, `OffloadError`."""
     import ray
 
-    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    gpu = config.device in ("auto", "cuda")
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
     if config.device == "cuda":
-        nodes = [n for n in nodes if n["Resources"].get("GPU", 0) >= 1]
+        nodes = [has for has in nodes if has.get("GPU", 0) >= 1]
     if not nodes:
         what = "GPU" if config.device == "cuda" else "CPU"
         raise OffloadError(f"--on ray: no node of the cluster has a {what}; `ray status` says what it has")
-    nodes.sort(key=lambda n: str(n["NodeID"]))
     count = workers or len(nodes)
     share = math.ceil(count / len(nodes))  # of a node
     if share > 1 and config.ram is None:
         raise UsageError(
             f"--workers {count} puts {share} on a node ({len(nodes)} there): say with --ram what each of them may take"
         )
-    places = []
-    for node in itertools.islice(itertools.cycle(nodes), count):
-        has = node["Resources"]
-        cpus = config.threads or has["CPU"] / share
-        gpu = config.device in ("auto", "cuda") and has.get("GPU", 0) >= share
-        places.append(Place(node["NodeID"], float(int(cpus) if cpus >= 1 else cpus), int(gpu)))
-    return places
+    cpus = config.threads or min(has["CPU"] for has in nodes) / share
+    gpus = int(gpu and all(has.get("GPU", 0) >= share for has in nodes))
+    return Pool(count, float(int(cpus) if cpus >= 1 else cpus), gpus)

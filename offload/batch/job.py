@@ -195,7 +195,7 @@ class BatchJob:
             work = journal.workload()
             if work.requests:
                 self._run(given, output, work, sequences, share)
-        stats.peak_rss_bytes = mem.peak_rss()
+        stats.peak_rss_bytes = max(stats.peak_rss_bytes, mem.peak_rss())
         stats.what = "requests"
         self._told(stats)
 

@@ -96,10 +96,11 @@ class Message:
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """Requests that came together. `waiting`: those without an answer."""
+    """Requests that came together. `waiting`: those without an answer; `answers` that nobody was told, and `all`."""
 
     rows: Sequence[Row]
     waiting: set[int]
+    all: list[Answer] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     checkpoints: dict[tuple[int, int], Checkpoint] = field(default_factory=dict)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -136,7 +137,8 @@ class Worker:
         self._saved_at = time.perf_counter()
 
     def answer(self, rows: Sequence[Row]) -> Iterator[Message]:
-        """Answer the requests; the last message comes when all have been. The model is loaded by the first call.
+        """Answer the requests; the last message has all answers, as the others may have been lost. The model is loaded
+        by the first call.
 
         Raises `ModelError`, `BudgetError`, `ReadError` and what else made the worker stop.
         """
@@ -152,7 +154,8 @@ class Worker:
             with self._lock:
                 if self._error is not None and call.waiting and not call.answers:
                     raise self._error
-                message = Message(self._told, call.answers, list(call.checkpoints.values()))
+                answers = call.answers if call.waiting else call.all
+                message = Message(self._told, answers, list(call.checkpoints.values()))
                 call.answers, call.checkpoints = [], {}
                 silent = not message.answers and not message.checkpoints
                 if silent and not ended and time.monotonic() - self._told_at < TELL_S:
@@ -247,6 +250,7 @@ class Worker:
         call, number = task.owner.call, task.owner.number
         with self._lock:
             call.answers.append(composed.answer)
+            call.all.append(composed.answer)
             for key in [key for key in call.checkpoints if key[0] == number]:
                 del call.checkpoints[key]
             call.waiting.remove(number)
