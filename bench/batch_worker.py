@@ -18,11 +18,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import batch_job
-from batch_job import Request
 from common import ROOT, BenchError, parse_size, say, vm_kb, write_json
 from limit import release_held
 
@@ -102,16 +102,25 @@ def read_bytes(path: Path = Path("/proc/self/io")) -> int:
 # ours
 
 
-def load_ours(job: Job, context: int | None = None) -> Any:
-    """`offload.load` within the limit; with room for `context` tokens, or as much as it finds right."""
+def load_ours(job: Job, context: int | None = None, *, sequences: int | None = None, batch: bool = False) -> Any:
+    """`offload.load` within the limit; with room for `context` tokens, or as much as it finds right. For a `batch` the
+    plan is made for the job, of which `sequences` run at once (None: the planner's choice)."""
     import offload
     import offload.model
+    from offload.config import Job as Planned
 
     job.base_rss = vm_kb("VmRSS")
-    options = {"context": context} if context is not None else {}
+    options: dict[str, Any] = {"context": context} if context is not None else {}
+    if batch:
+        n, prompts = len(job.requests), [len(r.prompt) for r in job.requests]
+        new = [r.new for r in job.requests]
+        options = {"batch": Planned(n, sum(prompts) // n, sum(new) // n, max(prompts) + max(new), sequences)}
     model = job.loading(lambda: offload.load(job.args.folder, ram=job.args.ram, **options))
-    job.facts["settings"] = {"ram": job.args.ram, **options}
+    job.facts["settings"] = {"ram": job.args.ram, "context": context, "sequences": sequences}
     job.facts["plan"] = model.plan.summary()
+    if model.engine.rate is not None:
+        job.facts["rate"] = asdict(model.engine.rate)
+        job.facts["rates_of"] = [asdict(rate) for rate in model.engine.rates]
     return model
 
 
@@ -132,34 +141,39 @@ def one_by_one(job: Job) -> None:
 
 def batched(job: Job) -> None:
     """All requests through the batch runner."""
-    with load_ours(job) as model:
-        for i, tokens in run_batch(model, job.requests, at_most=job.args.batch, sharing=not job.args.no_sharing):
+    with load_ours(job, batch=True, sequences=job.args.batch) as model:
+        for i, tokens in run_batch(job, model, sharing=not job.args.no_sharing):
             job.answered(i, tokens)
-            job.steps = passes(model.engine.steps)
             if not len(job.answers) % 8:
                 job.keep()
             if job.over:
                 break
+        job.facts["reused_tokens"] = model.batch_progress.reused
 
 
-def run_batch(
-    model: Any, requests: Sequence[Request], *, at_most: int | None, sharing: bool
-) -> Iterator[tuple[int, list[int]]]:
-    """(index, new tokens) of each request, in the order in which `model.batch` answers them.
-
-    `at_most`: sequences that run at once, None: the planner's choice.
-    """
-    if not hasattr(model, "batch"):
-        raise BenchError("this offload has no batch runner (Model.batch)")
+def run_batch(job: Job, model: Any, *, sharing: bool) -> Iterator[tuple[int, list[int]]]:
+    """(index, new tokens) of each request, in the order in which `model.batch` answers them; notes every pass."""
     from offload.batch.requests import Options
     from offload.batch.requests import Request as Line
 
-    lines = [Line(str(i), False, r.prompt, Options(max_tokens=r.new, temperature=0.0)) for i, r in enumerate(requests)]
-    options: dict[str, Any] = {} if sharing else {"share_prefixes": False}
-    if at_most is not None:
-        options["sequences"] = at_most
-    for result in model.batch(lines, **options):
-        yield int(result.custom_id), list(result.token_ids[0])
+    engine, advance = model.engine, model.engine.advance
+
+    def noted(cache: Any, parts: Any, wanted: Any) -> Any:
+        out = advance(cache, parts, wanted)
+        decoded = sum(len(tokens) == 1 for _, tokens in parts)
+        total = sum(len(tokens) for _, tokens in parts)
+        job.steps.append([round(engine.steps[-1].seconds, 5), total - decoded, decoded])
+        return out
+
+    engine.advance = noted
+    lines = [
+        Line(str(i), False, tuple(r.prompt), Options(max_tokens=r.new, temperature=0.0))
+        for i, r in enumerate(job.requests)
+    ]
+    for result in model.batch(lines, ignore_eos=True, share=sharing):
+        if result.error is not None:
+            raise BenchError(f"request {result.custom_id}: {result.error.message}")
+        yield int(result.custom_id), list(result.token_ids)
 
 
 def forced(job: Job) -> None:
@@ -168,17 +182,18 @@ def forced(job: Job) -> None:
 
     size = len(job.requests)
     prompt, new = len(job.requests[0].prompt), job.requests[0].new
-    with load_ours(job, size * (prompt + new) + 16) as model:
+    context = None if job.args.batched else size * (prompt + new) + 16
+    with load_ours(job, context, batch=job.args.batched, sequences=size if job.args.batched else None) as model:
         workload = Workload(prompt, new, size)
         told = model.engine.predict(workload)
         if job.args.batched:
-            for i, tokens in run_batch(model, job.requests, at_most=size, sharing=True):
+            for i, tokens in run_batch(job, model, sharing=False):
                 job.answered(i, tokens)
         else:
             result = model.run([list(r.prompt) for r in job.requests], max_new_tokens=new, ignore_eos=True)
             for i, tokens in enumerate(result.token_ids):
                 job.answered(i, tokens)
-        job.steps = passes(model.engine.steps)
+            job.steps = passes(model.engine.steps)
         decode = [s for s, p, d in job.steps if d == size and not p]
         job.facts |= {
             "batch": size,

@@ -76,6 +76,7 @@ def load(
 def run_batch(
     model: str | Path | None, input: str | Path, output: str | Path, *, errors: str | Path | None = None,
     max_tokens: int | None = None, sequences: int | None = None, ignore_eos: bool = False, share: bool = True,
+    prefix_cache: bool = False,
     stop: threading.Event | None = None,
     progress: Callable[[JobStats], None] = lambda stats: None, note: Callable[[str], None] = lambda text: None,
     **options: Any,
@@ -85,7 +86,8 @@ def run_batch(
     `input` and `output` are files, or `-` for stdin and stdout; `errors` is a file for the lines that cannot be
     answered, which else go to the output. After a crash, or if `stop` is set, the same call goes on where it stopped.
     `max_tokens` of an answer whose request does not say; `sequences` run at once (None: as many as are predicted to be
-    fastest); `share`: fronts that requests have in common are computed once; `ignore_eos`: no token ends an answer.
+    fastest); `share`: fronts that requests have in common are computed once; `prefix_cache`: keys and values are
+    read from disk where any run has stored them, and stored; `ignore_eos`: no token ends an answer.
     Options as for `load`. Raises an `OffloadError` whose message is one line that names the remedy.
     """
     from offload.config import RunConfig
@@ -108,8 +110,8 @@ def run_batch(
         torch.set_num_threads(config.threads)
     return run_job(
         folder, config, str(input), str(output), errors=None if errors is None else str(errors), max_tokens=max_tokens,
-        sequences=sequences, ignore_eos=ignore_eos, share=share, names=() if model is None else (str(model),),
-        stop=stop, on_progress=progress, on_notes=note,
+        sequences=sequences, ignore_eos=ignore_eos, share=share, prefix_cache=prefix_cache,
+        names=() if model is None else (str(model),), stop=stop, on_progress=progress, on_notes=note,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -202,7 +201,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> list[list[str]]:
-    """Workers run in this process, unlimited; what they were asked is noted. Requests go through `Model.run`."""
+    """Workers run in this process, unlimited; what they were asked is noted."""
     asked: list[list[str]] = []
 
     def measured(self: batch_runs.Bench, group: Any, engine: str, command: Any, **options: Any) -> dict[str, Any]:
@@ -215,19 +214,7 @@ def here(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> list[list[str]]:
         limit = {"limited": False, "wall_s": 0.1}
         return {**json.loads(out[-1]), "limit": limit} if not code else {"engine": engine, "error": "?", "limit": limit}
 
-    def run_batch(
-        model: Any, requests: Sequence[Request], *, at_most: int | None, sharing: bool
-    ) -> Iterator[tuple[int, list[int]]]:
-        steps: list[Any] = []
-        for i in reversed(range(len(requests))):
-            r = requests[i]
-            tokens = model.run([list(r.prompt)], max_new_tokens=r.new, ignore_eos=True).token_ids[0]
-            steps += model.engine.steps
-            model.engine.steps[:] = steps  # a run begins with none
-            yield i, tokens
-
     monkeypatch.setattr(batch_runs.Bench, "measured", measured)
-    monkeypatch.setattr(batch_worker, "run_batch", run_batch)
     monkeypatch.setattr(batch_worker, "RATE_S", 0.01)
     monkeypatch.setattr(batch_runs, "drop_caches", lambda files: "all")
     monkeypatch.setattr(predict, "profile", lambda *a: {})
@@ -315,7 +302,8 @@ def test_prefixes_end_to_end(scratch: Path, tmp_path: Path, here: list[list[str]
     assert result["least_prompt_tokens"] == 2 * 40 + 6 * 5
     assert result["agreement"]["identical"] == 6
     assert result["ratio"] == result["alone"]["judged"]["job_s"] / result["shared"]["judged"]["job_s"]
-    assert result["shared"]["prompt_tokens_computed"] == 6 * 45  # the stand-in shares nothing
+    assert result["shared"]["prompt_tokens_computed"] == result["least_prompt_tokens"]
+    assert result["alone"]["prompt_tokens_computed"] == 6 * 45
     assert "6 of 6" in tables.render(result)
 
 

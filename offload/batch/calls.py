@@ -71,16 +71,24 @@ class Calls:
 
     def run(self, requests: Iterable[Asked]) -> Iterator[Result]:
         """Results in the order in which they come. A request is a prompt (text or token ids), or what a line of a batch
-        file holds. Raises `Interrupted`, `ReadError`."""
+        file holds. A list is put in order first, so that fronts in common are found; of another iterable requests are
+        taken as they are needed, in their order. Raises `Interrupted`, `ReadError`."""
         results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         asked: dict[int, tuple[Prepared, dict[int, Choice]]] = {}
 
-        def tasks() -> Iterator[Task]:
+        def prepared() -> Iterator[tuple[int, Prepared]]:
             for index, given in enumerate(requests):
                 found = self._prepared(index, given)
                 if isinstance(found, LineError):
                     results.put(Result(index, found.custom_id or str(index), error=found))
-                    continue
+                else:
+                    yield index, found
+
+        def tasks() -> Iterator[Task]:
+            todo: Iterable[tuple[int, Prepared]] = prepared()
+            if isinstance(requests, Sequence):  # all are known: those with a common front become neighbours
+                todo = sorted(todo, key=lambda pair: pair[1].prompt)
+            for index, found in todo:
                 asked[index] = found, {}
                 yield from self._preparer.tasks(found, {}, index)
 

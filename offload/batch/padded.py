@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from transformers.cache_utils import Cache
 
+from kvstore import TieredCache
 from offload.batch.choosing import choose_all
 from offload.batch.runner import OnPass, Progress, Task
 from offload.engine import Engine, Sequences
@@ -62,8 +63,16 @@ class PaddedRunner:
         tokens = torch.tensor([[0] * (width - len(f)) + f for f in fronts])
         mask = torch.tensor([[0] * (width - len(f)) + [1] * len(f) for f in fronts])
         cache = self._engine.new_cache(width + max(a.left for a in group))
+        try:
+            yield from self._steps(group, cache, tokens, mask)
+        finally:
+            if isinstance(cache, TieredCache):
+                cache.close()
+
+    def _steps(self, group: list[Task], cache: Cache, tokens: torch.Tensor, mask: torch.Tensor) -> Iterator[Task]:
+        """Pass after pass of a group: tokens [B, width], with the mask [B, width] of what is no padding."""
         droppable = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
-        self.progress.computed += sum(map(len, fronts))
+        self.progress.computed += int(mask.sum())
         rows: list[Task | None] = list(group)  # None: ended, and still fed where rows cannot be dropped
         while True:
             logits = self._pass(cache, tokens, mask, rows)

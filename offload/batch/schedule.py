@@ -68,7 +68,9 @@ class Schedule:
         """How many of these tokens the one that joined last has, or will have, in common; all but one at most."""
         if self.last is None or not self._sharing:
             return 0
-        shared = common(self.last.answer.front, front, len(front) - 1)
+        # nobody computes the last token of an answer that has ended
+        there = self.last.done if self.last.gone else len(front)
+        shared = common(self.last.answer.front, front, min(len(front) - 1, there))
         return shared if shared >= LEAST_SHARED else 0
 
     def takes(self, answer: Tasked) -> bool:
@@ -82,18 +84,30 @@ class Schedule:
         """Let it take part; returns its member, and the trunk if nobody needs that any more."""
         shared = self.share(answer.front)
         donor = self.last if shared else None
+        while donor is not None and not donor.begun and shared <= donor.shared:
+            donor = donor.donor  # both wait for that one, and neither for the other
         member = Member(answer, list(answer.front[shared:]), donor, shared, self._need(answer, shared), shared)
         before, self.last = self.last, member
         self.members.append(member)
         self.reserved += member.reserved
+        # one that is gone has begun, so if it is shared it is the donor
         dropped = before if before is not None and before.gone and before is not donor else None
         if dropped is not None:
             self._remove(dropped)
         return member, dropped
 
     def beginning(self) -> list[Member]:
-        """Those who can begin now: what they share is there. The caller gives them memory, and sets `begun`."""
-        return [m for m in self.members if not m.begun and (m.donor is None or m.donor.done >= m.shared)]
+        """Those who can begin now: what they share is there. The caller gives them memory and says that they `began`;
+        then others may, who share with them."""
+        return [
+            m for m in self.members if not m.begun and (m.donor is None or (m.donor.begun and m.donor.done >= m.shared))
+        ]
+
+    def known(self, member: Member, length: int) -> None:
+        """The first `length` tokens of one that begins are there already, all but one at most."""
+        assert member.donor is None and not member.done
+        del member.todo[:length]
+        member.done = length
 
     def began(self, member: Member) -> Member | None:
         """It has its own share of the front now; returns the trunk if that was kept for it alone."""
@@ -158,7 +172,7 @@ class Schedule:
             return
         heir = heirs[0]
         before = min(heir.shared, member.shared)  # is the donor's donor's
-        inherited = (heir.shared - before) // self._chunk * self._chunk
+        inherited = (heir.shared // self._chunk - before // self._chunk) * self._chunk
         heir.reserved += inherited
         self.reserved += inherited
         heir.donor, heir.shared = (member.donor, before) if member.donor in self.members else (None, 0)
