@@ -203,6 +203,8 @@ def _batch(commands: argparse._SubParsersAction[_Parser]) -> None:
     batch.add_argument("--prefix-cache", action="store_true",
                        help="read the fronts of prompts that are stored, and store what is computed")  # fmt: skip
     batch.add_argument("--ignore-eos", action="store_true", help="answers of full length, for measurements")
+    batch.add_argument("--on", metavar="ray", help="run on a Ray cluster: RAY_ADDRESS, the one found, or this machine")
+    batch.add_argument("--workers", type=_whole, metavar="N", help="with --on ray (default: one per node)")
     batch.add_argument("--summary", metavar="FILE", help="write the summary (JSON) there")
     batch.add_argument("--json", action="store_true", help="print the summary as one JSON object on standard output")
 

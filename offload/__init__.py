@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -76,8 +77,7 @@ def load(
 def run_batch(
     model: str | Path | None, input: str | Path, output: str | Path, *, errors: str | Path | None = None,
     max_tokens: int | None = None, sequences: int | None = None, ignore_eos: bool = False, share: bool = True,
-    prefix_cache: bool = False,
-    stop: threading.Event | None = None,
+    prefix_cache: bool = False, stop: threading.Event | None = None, on: str | None = None, workers: int | None = None,
     progress: Callable[[JobStats], None] = lambda stats: None, note: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> JobStats:  # fmt: skip
@@ -88,30 +88,44 @@ def run_batch(
     `max_tokens` of an answer whose request does not say; `sequences` run at once (None: as many as are predicted to be
     fastest); `share`: fronts that requests have in common are computed once; `prefix_cache`: keys and values are
     read from disk where any run has stored them, and stored; `ignore_eos`: no token ends an answer.
-    Options as for `load`. Raises an `OffloadError` whose message is one line that names the remedy.
+    `on="ray"`: the answers come from a Ray cluster, `workers` of them (None: one per node); see
+    `offload.batch.cluster`. Options as for `load`, of each worker where there are several. Raises an `OffloadError`
+    whose message is one line that names the remedy.
     """
     from offload.config import RunConfig
 
     config = RunConfig.of(options)
-    for flag, value in (("--max-tokens", max_tokens), ("--sequences", sequences)):
+    if on not in (None, "ray"):
+        raise UsageError(f"--on: {on!r} is not ray; leave it out to run here")
+    if workers is not None and on is None:
+        raise UsageError("--workers: there are workers with --on ray only")
+    for flag, value in (("--max-tokens", max_tokens), ("--sequences", sequences), ("--workers", workers)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 30):
             raise UsageError(f"{flag}: {value!r} is not a whole number above zero")
     from tiers.memory import tame_malloc
 
     tame_malloc()
-    from offload.resolve import resolve
+    from offload.resolve import everywhere, resolve
 
+    make = None
+    if on is not None:
+        from offload.batch import cluster
+
+        cluster.require()
     folder = resolve(model)
     import torch
 
-    from offload.batch.job import run_job
+    from offload.batch.job import How, run_job
+
+    if on is not None:
+        make = functools.partial(cluster.RayJob, model=everywhere(model), workers=workers)
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     return run_job(
         folder, config, str(input), str(output), errors=None if errors is None else str(errors), max_tokens=max_tokens,
-        sequences=sequences, ignore_eos=ignore_eos, share=share, prefix_cache=prefix_cache,
-        names=() if model is None else (str(model),), stop=stop, on_progress=progress, on_notes=note,
+        how=How(sequences, share, prefix_cache), ignore_eos=ignore_eos, names=() if model is None else (str(model),),
+        stop=stop, on_progress=progress, on_notes=note, make=make,
     )  # fmt: skip
 
 

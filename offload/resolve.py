@@ -42,6 +42,13 @@ def resolve(model: str | Path | None) -> Path:
     return _from_hub(name)
 
 
+def everywhere(model: str | Path | None) -> str:
+    """What `resolve` takes for the model on another machine, in another folder: the same path there, or its name."""
+    name = str(model) if model is not None else DEFAULT
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
 def known() -> list[str]:
     """Names of models whose shape is known though they are not here."""
     return sorted(p.name for p in _KNOWN.iterdir() if (p / "config.json").is_file()) if _KNOWN.is_dir() else []

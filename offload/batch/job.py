@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore import PrefixStore, Sessions
-from offload.batch.choosing import Choice
+from offload.batch.compose import Composer
 from offload.batch.edge import AsyncOutput, ReadAhead
 from offload.batch.journal import Checkpoint, Workload
 from offload.batch.lines import MAX_LINE, Source
@@ -24,8 +24,6 @@ from offload.batch.output import Output
 from offload.batch.padded import PaddedRunner
 from offload.batch.prepare import Prepared, Preparer
 from offload.batch.requests import LineError, too_long
-from offload.batch.responses import response_body
-from offload.batch.results import answered, refused
 from offload.batch.runner import OnPass, RaggedRunner, Runner, Task
 from offload.batch.runner import Progress as Passes
 from offload.checkpoint import read_checkpoint
@@ -108,27 +106,36 @@ class JobStats:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a job is run, which changes no answer (in float32). `sequences` at once (None: as many as are predicted to be
+    fastest); `share` fronts that requests have in common; with `prefix_cache`, keys and values that any run has stored
+    are read instead of computed, and what is computed is stored, so that after a crash little is computed again."""
+
+    sequences: int | None = None
+    share: bool = True
+    prefix_cache: bool = False
+
+
 OnProgress = Callable[[JobStats], None]
 
 
 def run_job(
     folder: Path, config: RunConfig, source: str, out: str, *, errors: str | None = None, max_tokens: int | None = None,
-    sequences: int | None = None, ignore_eos: bool = False, share: bool = True, prefix_cache: bool = False,
-    max_line: int = MAX_LINE, names: Collection[str] = (), stop: threading.Event | None = None,
-    on_progress: OnProgress = lambda stats: None, on_notes: Callable[[str], None] = lambda note: None,
+    how: How | None = None, ignore_eos: bool = False, max_line: int = MAX_LINE, names: Collection[str] = (),
+    stop: threading.Event | None = None, on_progress: OnProgress = lambda stats: None,
+    on_notes: Callable[[str], None] = lambda note: None, make: Callable[..., BatchJob] | None = None,
 ) -> JobStats:  # fmt: skip
     """Answer the requests of the file `source` in the file `out`, either of them `-` for stdin or stdout.
 
     `errors`: a file for the lines that cannot be answered, which else go to `out`. `max_tokens` of an answer whose
-    request does not say; `sequences` at once (None: as many as are predicted to be fastest); `share` fronts that
-    requests have in common; with `prefix_cache`, keys and values that any run has stored are read instead of computed,
-    and what is computed is stored, so that after a crash little is computed again. `stop`, once set, ends the run at
-    the next layer. Raises `Interrupted`, `UsageError`, `ModelError`, `BudgetError`, `StoreError`, `ReadError`; what had
-    been answered by then is kept in any case.
+    request does not say. `make`: the kind of job, where it is not this process that answers. `stop`, once set, ends the
+    run at the next layer. Raises `Interrupted`, `UsageError`, `ModelError`, `BudgetError`, `StoreError`, `ReadError`;
+    what had been answered by then is kept in any case.
     """
     stop = stop or threading.Event()
     stats = JobStats(what="reading")
-    job = _Job(folder, config, stats, stop, on_progress, on_notes)
+    job = (make or BatchJob)(folder, config, stats, stop, on_progress, on_notes)
     job.preparer = Preparer(folder, load_config(folder), names=names, max_tokens=max_tokens, ignore_eos=ignore_eos)
     room = cache_folder()
     with contextlib.ExitStack() as held:
@@ -141,11 +148,11 @@ def run_job(
         }
         output = held.enter_context(Output.open(out, given, settings, errors=errors, folder=room))
         job.prepare(given, output)
-        job.run(given, output, sequences, share, prefix_cache)
+        job.run(given, output, how or How())
     return stats
 
 
-class _Job:
+class BatchJob:
     """One run of a job."""
 
     preparer: Preparer
@@ -159,8 +166,6 @@ class _Job:
         self._writer: AsyncOutput | None = None
         self._saved: dict[Task, int] = {}
         self._saved_at = time.perf_counter()
-        self._parts: dict[int, dict[int, Choice]] = {}
-        self._reused: dict[int, int] = {}
 
     def check(self, data: bytes = b"") -> None:
         """Raises `Interrupted` if the run is to stop."""
@@ -193,26 +198,24 @@ class _Job:
         stats.total, stats.done, stats.failed = counts
         stats.before = counts.done + counts.failed
 
-    def run(self, given: Source, output: Output, sequences: int | None, share: bool, prefix_cache: bool) -> None:
+    def run(self, given: Source, output: Output, how: How) -> None:
         """Answer what has no answer yet."""
         journal, stats = output.journal, self.stats
         with AsyncOutput(output) as writer:
             self._writer = writer
             work = journal.workload()
             if work.requests:
-                self._run(given, output, work, sequences, share, prefix_cache)
-        stats.peak_rss_bytes = mem.peak_rss()
+                self._run(given, output, work, how)
+        stats.peak_rss_bytes = max(stats.peak_rss_bytes, mem.peak_rss())
         stats.what = "requests"
         self._told(stats)
 
-    def _run(
-        self, given: Source, output: Output, work: Workload, sequences: int | None, share: bool, prefix_cache: bool
-    ) -> None:
+    def _run(self, given: Source, output: Output, work: Workload, how: How) -> None:
         stats, journal = self.stats, output.journal
         stats.wanted_tokens = work.new_tokens
         mean = Job(
             work.requests, max(1, work.prompt_tokens // work.requests), max(1, work.new_tokens // work.requests),
-            work.longest_prompt + work.longest_new, sequences,
+            work.longest_prompt + work.longest_new, how.sequences,
         )  # fmt: skip
         stats.what = "loading"
         engine = Engine(self.folder, replace(self.config, batch=mean), self._loading, interrupt=self.stop)
@@ -221,31 +224,30 @@ class _Job:
             stats.load_s, stats.budget_bytes, stats.what = engine.load_s, engine.plan.ram, "requests"
             assert engine.rate is not None
             stats.predicted = engine.rate.new_tokens_per_s
-            store = engine.prefixes(Sessions()) if prefix_cache else None
-            runner = make_runner(engine, engine.rate.sequences, share, self._passed, store)
+            store = engine.prefixes(Sessions()) if how.prefix_cache else None
+            runner = make_runner(engine, engine.rate.sequences, how.share, self._passed, store)
             stats.sequences = engine.rate.sequences
             held.callback(runner.close)
             rows = held.enter_context(ReadAhead(given, journal.pending()))
             began = time.perf_counter()
-            prepared: dict[int, Prepared] = {}
+            composer = Composer(journal.job, self.preparer.name)
 
             def tasks() -> Iterator[Task]:
                 for row, line in rows:
                     found = self.preparer.parse(line)
                     assert isinstance(found, Prepared), "a line that was checked has changed"
-                    prepared[row.number] = found
+                    composer.begin(row.number, row.number, found)
                     states = journal.checkpoints(row.number)
                     for task in self.preparer.tasks(found, states, row.number):
                         self._saved[task] = len(task.chooser.tokens)
                         if task.chooser.finish is None:
                             yield task
                         else:  # an earlier run has come to its end, and not to that of the other choices
-                            self._ended(task, row.number, prepared, journal.job)
+                            self._ended(task, composer)
 
             try:
                 for task in runner.run(tasks()):
-                    assert isinstance(task.owner, int)
-                    self._ended(task, task.owner, prepared, journal.job)
+                    self._ended(task, composer)
                     self._tell(runner.progress, began)
             except Interrupted:
                 self._save(runner.running, 0)
@@ -255,36 +257,21 @@ class _Job:
                 for note in engine.notes:
                     self._notes(note)
 
-    def _ended(self, task: Task, number: int, prepared: dict[int, Prepared], job: str) -> None:
+    def _ended(self, task: Task, composer: Composer) -> None:
         """An answer has ended: with the last one of its request, the line is written."""
         assert self._writer is not None
-        stats, chooser = self.stats, task.chooser
         self._saved.pop(task, None)
-        found = prepared.get(number)
-        if found is None:
-            return  # another choice of it was refused
-        request = found.request
-        if chooser.error is not None:
-            error = LineError(request.custom_id, chooser.error.code, str(chooser.error), chooser.error.param)
-            self._writer.put(refused(job, number, error))
-            stats.failed += 1
+        composed = composer.ended(task)
+        if composed is None:
+            return
+        answer, found = composed
+        self._writer.put(answer)
+        if answer.failed:
+            self.stats.failed += 1
         else:
-            choices = self._parts.setdefault(number, {})
-            choices[chooser.index] = chooser.choice()
-            self._reused[number] = max(self._reused.get(number, 0), task.reused if chooser.index == 0 else 0)
-            if len(choices) < request.options.n:
-                return
-            body = response_body(
-                request, list(choices.values()), prompt_tokens=len(found.prompt), cached_tokens=self._reused[number],
-                model=self.preparer.name, created=int(time.time()), id=f"cmpl-{job}-{number}",
-            )  # fmt: skip
-            self._writer.put(answered(job, number, request.custom_id, body))
-            stats.done += 1
-            stats.prompt_tokens += len(found.prompt)
-        stats.ended_tokens += found.new_tokens
-        del prepared[number]
-        self._parts.pop(number, None)
-        self._reused.pop(number, None)
+            self.stats.done += 1
+            self.stats.prompt_tokens += len(found.prompt)
+        self.stats.ended_tokens += found.new_tokens
 
     def _passed(self, runner: Runner) -> None:
         """After each pass."""

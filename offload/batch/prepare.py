@@ -48,7 +48,8 @@ class Preparer:
     ) -> None:  # fmt: skip
         self.folder = folder
         self.name = folder.resolve().name
-        self._names = {self.name, str(folder), *names}
+        self.names = frozenset({self.name, str(folder), *names})
+        self.ignore_eos = ignore_eos
         generation = generation_config(folder, config)
         self.ends = set() if ignore_eos else ends_of(generation)
         self.tokenizer = load_tokenizer(folder)
@@ -66,7 +67,7 @@ class Preparer:
 
     def parse(self, line: bytes) -> Prepared | LineError:
         """A line of a file, whole."""
-        request = parse(line, self._names)
+        request = parse(line, self.names)
         return request if isinstance(request, LineError) else self.prepare(request)
 
     def prepare(self, request: Request) -> Prepared | LineError:

@@ -113,6 +113,8 @@ class RaggedRunner:
         source = iter(tasks)
         upcoming = next(source, None)
         while True:
+            if upcoming is None:
+                upcoming = next(source, None)  # one that had none may have some by now
             while upcoming is not None and self._schedule.takes(upcoming):
                 _, dropped = self._schedule.join(upcoming)
                 self._forget(dropped)
