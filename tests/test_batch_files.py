@@ -270,6 +270,8 @@ class TestJournal:
             journal.commit([Mark(2, False, 20), Mark(1, False, 30)])
         assert journal.counts == Counts(2, 1, 0)
         assert [row.number for row in journal.pending()] == [2]
+        journal.commit([Mark(2, False, 20)])
+        assert journal.counts == Counts(2, 2, 0)
         journal.close()
 
     def test_rows_that_are_done_meanwhile_do_not_end_the_rest(self, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from offload.batch.edge import AsyncOutput, ReadAhead
-from offload.batch.journal import Checkpoint, Counts, Journal
+from offload.batch.journal import Checkpoint, Counts, Journal, Mark
 from offload.batch.lines import Source
 from offload.batch.output import Output
 from offload.batch.requests import LineError
@@ -270,6 +270,25 @@ class TestOutput:
     def folder(self, tmp_path: Path) -> Path:
         write_input(tmp_path / "in.jsonl", 30, bad_every=10, fail_every=7)
         return tmp_path
+
+    def test_what_is_taken_over_is_durable(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run(folder)
+        (folder / "out.jsonl.journal").unlink()
+        synced: dict[str, int] = {}
+        fsync, mark = os.fsync, Journal._mark
+
+        def noted(fd: int) -> None:
+            fsync(fd)
+            synced[os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))] = os.fstat(fd).st_size
+
+        def marked(self: Journal, one: Mark) -> None:
+            synced.clear()  # what was synced before all is marked may not be what is recorded
+            mark(self, one)
+
+        monkeypatch.setattr(os, "fsync", noted)
+        monkeypatch.setattr(Journal, "_mark", marked)
+        assert run(folder).adopted == 30
+        assert synced["out.jsonl"] == (folder / "out.jsonl").stat().st_size
 
     def test_a_job(self, folder: Path) -> None:
         assert run(folder) == (0, 0, ())
