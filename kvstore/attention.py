@@ -108,6 +108,13 @@ def _by_torch(
     return out[..., : values.shape[3]], lse
 
 
+def one_block(query: torch.Tensor, rule: Rule) -> bool:
+    """Whether queries, if they see themselves and those before them alone, are one block that no window divides."""
+    count = query.shape[2]
+    plain = rule.softcap is None and query.device.type == "cpu"
+    return count <= (BLOCK if plain else MASKED) and (rule.window is None or count <= rule.window)
+
+
 def blocks(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first_query: int, first_key: int, rule: Rule
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

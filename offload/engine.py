@@ -136,6 +136,7 @@ class Engine:
                 overrides,
             )  # fmt: skip
             self.plan, self.rate, self.rates = found.plan, found.rate, found.others
+        mem.keep_temporaries(self.plan.activations)
         self.kv = KV(description, config, self.plan)
         self.steps: list[StepStats] = []
         self.trace = Trace() if config.trace is not None else None

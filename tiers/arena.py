@@ -91,6 +91,7 @@ class Pool:
         self.slots: Sequence[Slot] = [arena.allocate(self.slot_nbytes) for _ in range(count)]
         self.memory = arena.tensor[start : arena.used].view(count, self.slot_nbytes)
         self._free = list(reversed(self.slots))
+        self._is_free = {slot.address for slot in self.slots}
 
     def number(self, slot: Slot) -> int:
         """Which of the pool's slots this is: its row in `memory`."""
@@ -100,12 +101,17 @@ class Pool:
 
     def take(self) -> Slot | None:
         """A free slot, or None."""
-        return self._free.pop() if self._free else None
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._is_free.remove(slot.address)
+        return slot
 
     def give(self, slot: Slot) -> None:
         """Take a slot back. Each slot is free at most once."""
-        assert all(slot is not s for s in self._free)
+        assert slot.address not in self._is_free
         self._free.append(slot)
+        self._is_free.add(slot.address)
 
     @property
     def free(self) -> int:
