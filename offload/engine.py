@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ from offload.planning.calibration import Calibration
 from offload.planning.plan import Plan
 from offload.planning.predict import Prediction, Workload, predict
 from offload.planning.search import choose
-from offload.planning.throughput import Rate, choose_job
+from offload.planning.throughput import Rate, choose_job, compute_s
 from offload.sizes import parse_part, parse_rate, parse_size
 from offload.stats import RequestStats, StepStats
 from tiers import (
@@ -59,6 +59,17 @@ from tiers import (
     gds,
 )
 from tiers import memory as mem
+
+
+_LEAST_PASSES, _LEAST_LEARNT_S = 4, 0.5  # of one width, in a batch job, from which something can be learnt
+
+
+class Progressed(Protocol):
+    """The passes of a batch job, by the power of two that holds their tokens."""
+
+    step: StepStats
+    widths: dict[int, StepStats]
+    counts: dict[int, int]
 
 
 @dataclass(slots=True)
@@ -264,6 +275,31 @@ class Engine:
             self.calibration = learned
             stats.learned = learned.reason
             calibration.save(self.machine_id, self.description.facts, learned)
+
+    def learn_job(self, job: Job, passes: Progressed) -> str:
+        """What a batch job teaches for the next plan; the reason, or nothing. Keys and values on disk teach nothing."""
+        if self.plan.kv_tiers is not None and self.plan.kv_share < 1:
+            return ""
+        known, widths = self.calibration, []
+        machine = known.apply(self.machine)
+        for width, count in sorted(passes.counts.items()):
+            stats = passes.widths[width]
+            if count < _LEAST_PASSES or stats.seconds < _LEAST_LEARNT_S:
+                continue
+            tokens = round(stats.tokens / count)
+            told = compute_s(
+                self.description.facts, self.plan, machine, job, tokens, round(stats.sequences / count),
+                known.routing,
+            )  # fmt: skip
+            widths.append((tokens, (stats.seconds - stats.stall_s) / count, told))
+        learned = calibration.learn_widths(
+            known, machine.rates, widths, (passes.step.bytes_read, passes.step.read_busy_s)
+        )
+        if learned is None:
+            return ""
+        self.calibration = learned
+        calibration.save(self.machine_id, self.description.facts, learned)
+        return learned.reason
 
     @functools.cached_property
     def fingerprint(self) -> str:

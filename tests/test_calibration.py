@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -321,3 +322,34 @@ def test_how_often_the_next_layer_is_foreseen_is_learned() -> None:
     assert (known.recall, known.precision) == (0.1, 0.5)
     assert "10% of experts were foreseen" in known.reason
     assert known.routing == Routing(known.repeat, 0.1, 0.5)
+
+
+# batch jobs
+
+
+def test_the_passes_of_a_job_teach_by_their_width() -> None:
+    rates_now = ASSUMED.rates
+    fine = calibration.learn_widths(Calibration(), rates_now, [(64, 1.0, 0.95), (256, 2.0, 2.1)], (0, 0.0))
+    assert fine is None
+    known = calibration.learn_widths(Calibration(), rates_now, [(64, 1.0, 1.0), (256, 3.0, 2.0)], (1 << 30, 1.0))
+    assert known is not None
+    assert dict(known.corrections) == {256: pytest.approx(1.5)}
+    assert known.disk_bytes_per_s == 1 << 30
+    assert "computing 256 tokens took 1.50" in known.reason
+    assert known.apply(ASSUMED).rates.correction(256) == pytest.approx(1.5)
+
+
+def test_a_job_that_was_wrongly_predicted_corrects_the_next(
+    wrong: None, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.engine._LEAST_LEARNT_S", 0.0)
+    lines = [{"custom_id": str(i), "prompt": [5 + i] * 20, "max_tokens": 12} for i in range(8)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = [
+        offload.run_batch(tiny_moe, tmp_path / "in.jsonl", tmp_path / f"out{i}", ignore_eos=True, sequences=8)
+        for i in range(2)
+    ]
+    assert "computing" in told[0].learned
+    assert told[0].predicted is not None and told[0].rate is not None and told[1].predicted is not None
+    off = [abs(math.log(t.predicted / told[0].rate)) for t in told if t.predicted is not None]
+    assert off[1] < off[0]

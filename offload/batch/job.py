@@ -67,6 +67,7 @@ class JobStats:
     step: StepStats = field(default_factory=StepStats)
     peak_rss_bytes: int = 0
     budget_bytes: int = 0
+    learned: str = ""  # what this run corrected for the next plan
     what: str = "requests"  # reading, loading, requests
 
     @property
@@ -249,6 +250,7 @@ class BatchJob:
                 for task in runner.run(tasks()):
                     self._ended(task, composer)
                     self._tell(runner.progress, began)
+                stats.learned = engine.learn_job(mean, runner.progress)
             except Interrupted:
                 self._save(runner.running, 0)
                 raise

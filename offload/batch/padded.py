@@ -108,8 +108,7 @@ class PaddedRunner:
         with torch.inference_mode():
             logits: torch.Tensor = engine.step(Sequences(cache, inputs), tokens).logits[:, -1].cpu()
         for stats in engine.steps:
-            progress.step += stats
-        progress.passes += len(engine.steps)
+            progress.passed(stats)
         engine.steps.clear()
         progress.running = sum(a is not None for a in rows)
         progress.most = max(progress.most, progress.running)

@@ -31,6 +31,10 @@ class Task:
     limit: int
     owner: object = None
     reused: int = 0
+    resumed: int = field(init=False)  # tokens it had chosen before this run
+
+    def __post_init__(self) -> None:
+        self.resumed = len(self.chooser.tokens)
 
     @property
     def front(self) -> Sequence[int]:
@@ -45,8 +49,8 @@ class Task:
 
 @dataclass(slots=True)
 class Progress:
-    """What has been done so far. Tokens, bytes and seconds; `computed` are those of prompts that were, `reused` those
-    that were not because another had the same front."""
+    """What has been done so far. Tokens, bytes and seconds; `computed` are those of prompts (and of what an earlier run
+    had chosen) that were, `reused` those that were not because another had the same front."""
 
     passes: int = 0
     computed: int = 0
@@ -56,6 +60,16 @@ class Progress:
     most: int = 0  # that ran at once
     began: float = field(default_factory=time.perf_counter)
     step: StepStats = field(default_factory=StepStats)
+    widths: dict[int, StepStats] = field(default_factory=dict)  # of passes of up to so many tokens, powers of two
+    counts: dict[int, int] = field(default_factory=dict)  # how many of these there were
+
+    def passed(self, stats: StepStats) -> None:
+        """A pass has been computed."""
+        self.passes += 1
+        self.step += stats
+        width = 1 << (stats.tokens - 1).bit_length()
+        self.widths[width] = self.widths.get(width, StepStats()) + stats
+        self.counts[width] = self.counts.get(width, 0) + 1
 
 
 class Runner(Protocol):
@@ -143,7 +157,7 @@ class RaggedRunner:
         stats = self._engine.steps.pop()
         due = schedule.passed(parts)
         for member, count in parts:
-            if not _task(member).chooser.tokens:
+            if len(_task(member).chooser.tokens) == _task(member).resumed:
                 progress.computed += count
         choosers = [_task(m).chooser for m in due]
         chosen = choose_all(choosers, logits[: len(due)]) if due else []
@@ -157,8 +171,7 @@ class RaggedRunner:
         for (sequence, tokens), (member, _) in zip(given, parts, strict=True):
             if member in self._histories:
                 self._histories[member].passed(sequence, torch.tensor([tokens]))
-        progress.passes += 1
-        progress.step += stats
+        progress.passed(stats)
         progress.running = sum(not m.gone for m in schedule.members)
         progress.most = max(progress.most, progress.running)
         self._begin()  # before any of those that ended is given up

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -136,6 +136,27 @@ def observe(
         predicted = prediction.prefill.seconds - prediction.prefill.stall_s
         new = _correct(new, rates, stats.prefill_pass_tokens, measured, predicted, later, reasons)
     return replace(new, reason="; ".join(reasons))
+
+
+def learn_widths(
+    known: Calibration, rates: Rates, widths: Sequence[tuple[int, float, float]], read: tuple[int, float]
+) -> Calibration | None:
+    """What the passes of a batch job teach, or None where they were predicted well.
+
+    `widths`: tokens of a pass, seconds that computing one was measured to take, and predicted. `read`: bytes from disk,
+    and seconds in which it was busy.
+    """
+    new, reasons = replace(known, runs=known.runs + 1, reason=""), list[str]()
+    nbytes, busy = read
+    if nbytes >= _LEAST_READ and busy > 0:
+        was = known.disk_bytes_per_s
+        if was is None or abs(nbytes / busy / was - 1) > TOLERANCE:
+            new = replace(new, disk_bytes_per_s=nbytes / busy)
+            reasons.append(f"the disk gave {nbytes / busy / 1e9:.2f} GB/s")
+    for tokens, measured, predicted in widths:
+        if measured > 0 and abs(1 - predicted / measured) > TOLERANCE:
+            new = _correct(new, rates, tokens, measured, predicted, _LATER, reasons)
+    return replace(new, reason="; ".join(reasons)) if reasons else None
 
 
 def _correct(

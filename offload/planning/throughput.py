@@ -65,6 +65,16 @@ def pace(job: Job, sequences: int) -> int:
     return min(MAX_CHUNK, max(sequences, round(sequences * job.each / job.new_tokens)))
 
 
+def compute_s(
+    facts: ModelFacts, plan: Plan, machine: Machine, job: Job, tokens: int, sequences: int, routing: Routing = EVEN
+) -> float:  # fmt: skip
+    """Seconds of computing in a pass of `tokens` tokens of `sequences`, without waiting for any byte."""
+    context = round(sequences / tokens * (job.prompt_tokens + job.new_tokens / 2))
+    steady = Workload(1, _STEPS, tokens, max(1, context), warm=True)
+    where = placement(facts, plan.device, plan.host, plan.kv_tiers, plan.context)
+    return simulate(facts, where, max(tokens, plan.prefill_chunk), machine, steady, routing)[0].decode.compute_s
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A plan for a job, what is expected of it, and of the other numbers of sequences that were looked at."""
