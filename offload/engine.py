@@ -60,7 +60,6 @@ from tiers import (
 )
 from tiers import memory as mem
 
-
 _LEAST_PASSES, _LEAST_LEARNT_S = 4, 0.5  # of one width, in a batch job, from which something can be learnt
 
 

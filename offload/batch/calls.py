@@ -14,6 +14,7 @@ from typing import Any
 
 from offload.batch.choosing import Choice
 from offload.batch.job import make_runner
+from offload.batch.order import arranged, key_of, work_of
 from offload.batch.prepare import Prepared, Preparer
 from offload.batch.requests import LineError, Options, Request
 from offload.batch.responses import response_body
@@ -87,7 +88,9 @@ class Calls:
         def tasks() -> Iterator[Task]:
             todo: Iterable[tuple[int, Prepared]] = prepared()
             if isinstance(requests, Sequence):  # all are known: those with a common front become neighbours
-                todo = sorted(todo, key=lambda pair: pair[1].prompt)
+                known = list(todo)
+                rows = [(key_of(p.prompt), work_of(len(p.prompt), p.limit)) for _, p in known]
+                todo = [known[i] for i in arranged(rows)]
             for index, found in todo:
                 asked[index] = found, {}
                 yield from self._preparer.tasks(found, {}, index)

@@ -85,6 +85,20 @@ def places(tokens: Iterable[int], tree: Iterable[Node]) -> Iterator[bytes]:
         yield (path[-1][1] if path else b"") + _place(own, at)
 
 
+def work_of(tokens: int, max_new: int) -> int:
+    """What a request is sorted by: its new tokens, which come one after the other whatever else runs, before those of
+    its prompt, which may all share a pass. The longest go first, so that at the end few passes have little to do."""
+    return (min(max_new, (1 << 20) - 1) << 12) | min(tokens >> 4, (1 << 12) - 1)
+
+
+def arranged(rows: Sequence[tuple[bytes, int]]) -> list[int]:
+    """Numbers of (key, work) in running order: as a journal has them, in memory."""
+    order = sorted(range(len(rows)), key=lambda i: (rows[i][0], -rows[i][1], i))
+    tree = sorted(nodes(rows[i] for i in order), key=lambda node: (node.left, node.depth))
+    found = places((rows[i][1] for i in order), tree)
+    return [i for _, i in sorted(zip(found, order, strict=True))]
+
+
 def _place(tokens: int, at: int) -> bytes:
     return (_MOST - min(tokens, _MOST)).to_bytes(4, "big") + at.to_bytes(4, "big")
 

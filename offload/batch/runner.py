@@ -108,7 +108,7 @@ class RaggedRunner:
         self._held = ExitStack()
         each = engine.plan.context // sequences
         self._cache: RaggedCache = self._held.enter_context(engine.kv.ragged(sequences, each))
-        width = max(sequences, engine.plan.prefill_chunk)
+        width = max(sequences, engine.rate.width if engine.rate is not None else engine.plan.prefill_chunk)
         chunk = engine.kv.chunk_of(each)
         self._schedule = Schedule(engine.plan.context, sequences, width, chunk, sharing=share)
         self._on_pass = on_pass

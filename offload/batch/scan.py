@@ -28,7 +28,7 @@ from offload.batch.database import (
     seal_of_request,
 )
 from offload.batch.lines import Line, line_digest
-from offload.batch.order import MAX_KEY, Node, nodes, places
+from offload.batch.order import MAX_KEY, Node, nodes, places, work_of
 from offload.batch.requests import MAX_CUSTOM_ID, LineError
 
 _ROWS = 1000  # taken at a time
@@ -131,8 +131,9 @@ class Scan:
         self._flush()
         run = self.db.execute
         with explained(self.path):
-            run("INSERT INTO scratch.sorted SELECT NULL, number, key, tokens + max_new FROM scratch.found "
-                "ORDER BY key, tokens + max_new DESC, number")  # fmt: skip
+            self.db.create_function("work_of", 2, work_of, deterministic=True)
+            run("INSERT INTO scratch.sorted SELECT NULL, number, key, work_of(tokens, max_new) AS work "
+                "FROM scratch.found ORDER BY key, work DESC, number")  # fmt: skip
             # `at` began with 1; the nodes count from 0
             tree = nodes(run("SELECT key, work FROM scratch.sorted ORDER BY at"))
             self.db.executemany(
