@@ -237,11 +237,11 @@ class TestJournal:
     def test_the_order(self, tmp_path: Path) -> None:
         a, b = b"aaaa", b"bbbb"
         journal = make(
-            tmp_path, [(b"", 50), (a + b"1111", 10), (b, 99), (a + b"2222", 60), (b"", 70), (b + b"xxxx", 5)]
+            tmp_path, [(b"", 500), (a + b"1111", 100), (b, 990), (a + b"2222", 600), (b"", 700), (b + b"xxxx", 50)]
         )
         assert [row.number for row in journal.pending()] == [3, 6, 5, 4, 2, 1]
         assert [row.number for row in journal.pending(after=4)] == [2, 1]
-        assert journal.workload() == (6, 294, 6, 99, 1)
+        assert journal.workload() == (6, 2940, 6, 990, 1)
         journal.close()
 
     def test_what_is_recorded_stays(self, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tiers import BudgetError, UsageError
 MOST = 256  # sequences at once, unless somebody asks for more
 _WORTH = 1.02  # more sequences must be this much faster
 _STEPS = 8  # of the virtual clock, for a mean one
-_ENOUGH = 0.92  # of the most tokens per second that any width gives
+_ENOUGH = 0.88  # of the most tokens per second that any width gives
 
 
 @dataclass(frozen=True, slots=True)
