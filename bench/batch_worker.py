@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +185,9 @@ def forced(job: Job) -> None:
     context = None if job.args.batched else size * (prompt + new) + 16
     with load_ours(job, context, batch=job.args.batched, sequences=size if job.args.batched else None) as model:
         workload = Workload(prompt, new, size)
+        rate = model.engine.rate
+        if rate is not None:  # prompts as fast as there is room for: what is measured is all of them decoding
+            model.engine.rate = replace(rate, width=model.plan.prefill_chunk)
         told = model.engine.predict(workload)
         if job.args.batched:
             for i, tokens in run_batch(job, model, sharing=False):
