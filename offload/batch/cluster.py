@@ -75,6 +75,13 @@ class Pool(NamedTuple):
     gpus: int
 
 
+class Connection(NamedTuple):
+    """To Ray: whether it is our `own`, to be ended by us; the `threads` that use it."""
+
+    own: bool
+    threads: list[threading.Thread]
+
+
 class RayJob(BatchJob):
     """A job whose answers come from the workers of a Ray cluster. `model` is what it is called on every node."""
 
@@ -84,14 +91,14 @@ class RayJob(BatchJob):
         self._heard: dict[str, tuple[float, Told]] = {}  # from each worker, and when
         self._noted: set[str] = set()
         self._began = 0.0
-        self._own = False
+        self._connection = Connection(False, [])
 
     def _run(self, given: Source, output: Output, work: Workload, sequences: int | None, share: bool) -> None:
         stats, journal = self.stats, output.journal
         stats.wanted_tokens = work.new_tokens
         stats.what = "loading"
         self._told(stats)
-        with _connected() as self._own:
+        with _connected() as self._connection:
             self.check()
             pool = _pool(self._workers, self.config)
             each = math.ceil(work.requests / pool.workers)
@@ -135,7 +142,7 @@ class RayJob(BatchJob):
                 break
         if not blocks:
             return False
-        with contextlib.closing(_Stream(blocks, order, pool, 0 if self._own else _STOP_S)) as stream:
+        with contextlib.closing(_Stream(blocks, order, pool, self._connection)) as stream:
             while True:
                 self.check()
                 message = stream.next(0.2)
@@ -220,15 +227,15 @@ def _shards(
 class _Stream:
     """What the workers send, as it comes. A thread waits for it, so that who asks can be told to stop meanwhile."""
 
-    def __init__(self, blocks: list[Any], order: Order, pool: Pool, patience: float) -> None:
-        """`patience`: seconds that `close` waits, which whoever ends Ray itself need not."""
-        self._patience = patience
+    def __init__(self, blocks: list[Any], order: Order, pool: Pool, connection: Connection) -> None:
+        self._patience = 0.0 if connection.own else _STOP_S  # who ends Ray itself need not wait
         self._come: queue.SimpleQueue[Message | BaseException | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self.ended = False
         self._thread = threading.Thread(
             target=self._serve, args=(blocks, order, pool), name="batch-cluster", daemon=True
         )
+        connection.threads.append(self._thread)
         self._thread.start()
 
     def next(self, seconds: float) -> Message | None:
@@ -362,8 +369,8 @@ def _message(job: str, row: dict[str, Any]) -> Message:
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[bool]:
-    """While this lasts, Ray is there: as it was (then False), or the cluster that is found, or this machine alone."""
+def _connected() -> Iterator[Connection]:
+    """While this lasts, Ray is there: as it was, or the cluster that is found, or one of this machine alone."""
     for name, value in (
         ("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal"), ("RAY_DATA_DISABLE_PROGRESS_BARS", "1"),
         ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"),
@@ -371,9 +378,9 @@ def _connected() -> Iterator[bool]:
         os.environ.setdefault(name, value)
     import ray
 
-    own = not ray.is_initialized()
+    connection = Connection(not ray.is_initialized(), [])
     try:
-        if own:
+        if connection.own:
             with _handlers(), _hushed():
                 try:
                     ray.init(include_dashboard=False, logging_level=logging.CRITICAL, log_to_driver=False)
@@ -388,11 +395,17 @@ def _connected() -> Iterator[bool]:
         context.enable_progress_bars = context.enable_operator_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        yield own
+        yield connection
     finally:
-        if own:
+        if connection.own:
+            # else a thread that asks Ray for something once it has ended would begin a cluster anew
+            hook = ray._private.auto_init_hook
+            before, hook.enable_auto_connect = hook.enable_auto_connect, False
             with _handlers():
                 ray.shutdown()
+            for thread in connection.threads:
+                thread.join(_STOP_S)
+            hook.enable_auto_connect = before
 
 
 @contextlib.contextmanager
