@@ -40,7 +40,8 @@ def command(args: argparse.Namespace) -> int:
             stats = offload.run_batch(
                 args.model, args.input, args.output, errors=args.errors, max_tokens=args.max_tokens,
                 sequences=args.sequences, ignore_eos=args.ignore_eos, share=not args.no_sharing, stop=stop,
-                on=args.on, workers=args.workers, progress=shown, note=shown.note, **loading(args),
+                prefix_cache=args.prefix_cache, on=args.on, workers=args.workers, progress=shown, note=shown.note,
+                **loading(args),
             )  # fmt: skip
     except Interrupted:
         shown.clear()

@@ -200,6 +200,8 @@ def _batch(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--sequences", type=_whole, metavar="N", help="at once (default: what is predicted to be fastest)"
     )
     batch.add_argument("--no-sharing", action="store_true", help="compute fronts that prompts have in common each time")
+    batch.add_argument("--prefix-cache", action="store_true",
+                       help="read the fronts of prompts that are stored, and store what is computed")  # fmt: skip
     batch.add_argument("--ignore-eos", action="store_true", help="answers of full length, for measurements")
     batch.add_argument("--on", metavar="ray", help="run on a Ray cluster: RAY_ADDRESS, the one found, or this machine")
     batch.add_argument("--workers", type=_whole, metavar="N", help="with --on ray (default: one per node)")

@@ -72,8 +72,8 @@ class RaggedCache(Cache):  # type: ignore[misc]
         self._seen = KVBooks()
 
     def new_sequence(self) -> TieredCache:
-        """An empty sequence. `reset` it when it leaves: its memory is the next one's."""
-        return TieredCache(self._windows, self._store_for, **self._options)
+        """An empty sequence. `close` it when it leaves: its memory is the next one's."""
+        return TieredCache(self._windows, self._store_for, owns_store=False, **self._options)
 
     def fork(self, sequence: TieredCache, length: int) -> TieredCache:
         """Another sequence with the first `length` tokens of this one; nothing is copied before one of them changes."""

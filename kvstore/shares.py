@@ -14,6 +14,9 @@ from torch import Tensor
 from kvstore.search import groups
 
 GRAINS = (1, 2, 4, 8)  # neighbouring chunks that are chosen together
+# With one group being enough, demo-moe answers 27, 22 and 15 of 30 questions at 25, 12.5 and 6 % of 512 to 2048 tokens;
+# with four at least 27, 23 and 14, as with single chunks (`bench/sparse_quality.py` asks them)
+LEAST_GROUPS = 4
 
 
 def grain(mass: Tensor, budget: int, first: int, last: int, grains: Sequence[int] = GRAINS, keep: float = 0.99) -> int:
@@ -23,8 +26,8 @@ def grain(mass: Tensor, budget: int, first: int, last: int, grains: Sequence[int
     on are chosen in any case, and prove nothing: the first ones take up most of the attention as it is. Of what is
     between them the groups that hold most (`kvstore.search.groups`) must keep for every head at least `keep` of what as
     many single chunks keep. A layer whose attention is on few places far apart gets 1; one that looks at stretches of
-    text, or everywhere alike, gets more, and reads fewer and longer runs. A grain of which the budget does not buy one
-    group is out of the question.
+    text, or everywhere alike, gets more, and reads fewer and longer runs. A grain of which the budget does not buy
+    `LEAST_GROUPS` is out of the question: what a later token asks for may be in several places.
     """
     if mass.dim() != 2 or mass.numel() == 0:
         raise ValueError(f"mass {tuple(mass.shape)}: need [heads, chunks], one of each at least")
@@ -37,7 +40,8 @@ def grain(mass: Tensor, budget: int, first: int, last: int, grains: Sequence[int
         return mass[:, groups(mass.sum(0), size, room, first, last)].sum(1)
 
     least = keep * held(1)
-    return max((g for g in grains if 1 < g <= room and bool((held(g) >= least).all())), default=1)
+    fitting = (g for g in grains if 1 < g <= room // LEAST_GROUPS)
+    return max((g for g in fitting if bool((held(g) >= least).all())), default=1)
 
 
 def layer_budgets(masses: Sequence[Sequence[float] | Tensor], total: int, least: int = 1) -> list[int]:

@@ -194,7 +194,7 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     `make_store` is asked once, when the first layer's shape is known. On a device with memory of its own the first
     `front_tokens(shape, sequences)` stay there; what follows is attended to on the host if `on_host` says so of that
-    many queries, or brought up by `lift`.
+    many queries, or brought up by `lift`. One that does not own its store leaves it to others when it is closed.
     """
 
     def __init__(
@@ -205,10 +205,12 @@ class TieredCache(Cache):  # type: ignore[misc]
         front_tokens: Callable[[KVShape, int], int] = lambda shape, batch: 0,
         on_host: Callable[[int], bool] = lambda queries: True,
         lift: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+        owns_store: bool = True,
     ) -> None:
         self.front_tokens = front_tokens
         self.on_host = on_host
         self.lift = lift
+        self._owns_store = owns_store
         made: list[Any] = []
         self.tiered: list[TieredLayer] = []
         for layer in layers:
@@ -261,5 +263,5 @@ class TieredCache(Cache):  # type: ignore[misc]
         store, self._store = self._store, None
         for layer in self.tiered:
             layer.reset()
-        if store is not None:
+        if store is not None and self._owns_store:
             store.close()

@@ -77,7 +77,7 @@ def load(
 def run_batch(
     model: str | Path | None, input: str | Path, output: str | Path, *, errors: str | Path | None = None,
     max_tokens: int | None = None, sequences: int | None = None, ignore_eos: bool = False, share: bool = True,
-    stop: threading.Event | None = None, on: str | None = None, workers: int | None = None,
+    prefix_cache: bool = False, stop: threading.Event | None = None, on: str | None = None, workers: int | None = None,
     progress: Callable[[JobStats], None] = lambda stats: None, note: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> JobStats:  # fmt: skip
@@ -86,7 +86,8 @@ def run_batch(
     `input` and `output` are files, or `-` for stdin and stdout; `errors` is a file for the lines that cannot be
     answered, which else go to the output. After a crash, or if `stop` is set, the same call goes on where it stopped.
     `max_tokens` of an answer whose request does not say; `sequences` run at once (None: as many as are predicted to be
-    fastest); `share`: fronts that requests have in common are computed once; `ignore_eos`: no token ends an answer.
+    fastest); `share`: fronts that requests have in common are computed once; `prefix_cache`: keys and values are
+    read from disk where any run has stored them, and stored; `ignore_eos`: no token ends an answer.
     `on="ray"`: the answers come from a Ray cluster, `workers` of them (None: one per node); see
     `offload.batch.cluster`. Options as for `load`, of each worker where there are several. Raises an `OffloadError`
     whose message is one line that names the remedy.
@@ -114,7 +115,7 @@ def run_batch(
     folder = resolve(model)
     import torch
 
-    from offload.batch.job import run_job
+    from offload.batch.job import How, run_job
 
     if on is not None:
         make = functools.partial(cluster.RayJob, model=everywhere(model), workers=workers)
@@ -123,7 +124,7 @@ def run_batch(
         torch.set_num_threads(config.threads)
     return run_job(
         folder, config, str(input), str(output), errors=None if errors is None else str(errors), max_tokens=max_tokens,
-        sequences=sequences, ignore_eos=ignore_eos, share=share, names=() if model is None else (str(model),),
+        how=How(sequences, share, prefix_cache), ignore_eos=ignore_eos, names=() if model is None else (str(model),),
         stop=stop, on_progress=progress, on_notes=note, make=make,
     )  # fmt: skip
 

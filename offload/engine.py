@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from kvstore import RaggedCache, TieredCache, spoil
+from kvstore import PrefixStore, RaggedCache, Sessions, TieredCache, spoil
 from kvstore.chunks import LEAST_TOKENS
 from kvstore.sparse import OBSERVED
 from moe import LayerExperts, grouped, kernels
@@ -30,6 +31,7 @@ from offload.config import Job, RunConfig
 from offload.describe import describe
 from offload.embedding import RowReader
 from offload.experts import Experts, views_of
+from offload.fingerprint import fingerprint
 from offload.hierarchy import Hierarchy, Progress
 from offload.kv import KV
 from offload.layout import ExpertGroup
@@ -262,6 +264,26 @@ class Engine:
             stats.learned = learned.reason
             calibration.save(self.machine_id, self.description.facts, learned)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Which weights these are, for what is stored of them."""
+        assert self.description.checkpoint is not None
+        return fingerprint(list(self.description.checkpoint.files), self.hf_config)
+
+    @property
+    def arithmetic(self) -> str:
+        """How keys and values are computed: stored ones are good for the same only."""
+        c = self.config
+        sparse = f" sparse {c.kv_policy} {c.kv_budget}" if c.kv_budget is not None else ""
+        codecs = f" keys and values {self.kv.codecs}" if self.kv.codecs else ""
+        return str(self.layout.dtype).removeprefix("torch.") + sparse + codecs
+
+    def prefixes(self, sessions: Sessions) -> PrefixStore:
+        """What is stored of this model's keys and values, and may be: as much as `--disk` says."""
+        disk = self.config.disk
+        limit = parse_size(disk, flag="--disk") if disk is not None else _stored_at_most(sessions.folder)
+        return sessions.prefixes(self.fingerprint, self.arithmetic, limit=limit)
+
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens per sequence."""
         return self.kv.new_cache(capacity)
@@ -492,6 +514,13 @@ def _kv_resident(config: RunConfig) -> int | float | None:
     if config.kv_resident is None and (config.kv_budget is not None or config.kv_codec is not None):
         return 1.0
     return parse_part(config.kv_resident, flag="--kv-resident")
+
+
+def _stored_at_most(folder: Path) -> int:
+    """What stored keys and values may take, all models together, where nobody has said: half of the disk's free space
+    and of what they take already."""
+    taken = sum(p.stat().st_size for p in folder.glob("*.kv"))
+    return (shutil.disk_usage(folder).free + taken) // 2
 
 
 def ram_budget(config: RunConfig) -> int:

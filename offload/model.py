@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import queue
-import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +22,11 @@ from offload.batch.calls import Asked, Calls, Result, in_thread
 from offload.batch.runner import Progress
 from offload.conversation import Conversation, Message
 from offload.engine import Engine
-from offload.fingerprint import fingerprint
 from offload.history import History
 from offload.planning.explain import explain
 from offload.planning.plan import Plan
 from offload.planning.predict import Workload
 from offload.sampling import Sampling
-from offload.sizes import parse_size
 from offload.stats import RequestStats
 from offload.texts import chat_defaults, ends_of, generation_config, load_tokenizer, rendered
 from tiers import DamagedError, Interrupted, ModelError, UsageError
@@ -65,7 +61,6 @@ class Model:
         self.batch_progress = Progress()
         self._warm = False  # whether an earlier request has filled the expert cache
         self._generation_config = generation_config(engine.folder, engine.hf_config)
-        self._fingerprint: str | None = None
 
     @property
     def name(self) -> str:
@@ -75,27 +70,16 @@ class Model:
     @property
     def fingerprint(self) -> str:
         """Which weights these are, for what is stored of them."""
-        if self._fingerprint is None:
-            checkpoint = self.engine.description.checkpoint
-            assert checkpoint is not None
-            self._fingerprint = fingerprint(list(checkpoint.files), self.engine.hf_config)
-        return self._fingerprint
+        return self.engine.fingerprint
 
     @property
     def arithmetic(self) -> str:
         """How keys and values are computed: stored ones are good for the same only."""
-        config = self.engine.config
-        sparse = f" sparse {config.kv_policy} {config.kv_budget}" if config.kv_budget is not None else ""
-        codecs = f" keys and values {self.engine.kv.codecs}" if self.engine.kv.codecs else ""
-        return str(self.engine.layout.dtype).removeprefix("torch.") + sparse + codecs
+        return self.engine.arithmetic
 
     def history(self, sessions: Sessions | None = None) -> History:
         """A sequence that goes on, to be given to `run`; with `sessions` what is computed is kept there."""
-        store = None
-        if sessions is not None:
-            disk = self.engine.config.disk
-            limit = parse_size(disk, flag="--disk") if disk is not None else _room(sessions.folder)
-            store = sessions.prefixes(self.fingerprint, self.arithmetic, limit=limit)
+        store = self.engine.prefixes(sessions) if sessions is not None else None
         return History(self.engine, self.plan.context, self.engine.device.torch_device, store)
 
     @property
@@ -162,9 +146,10 @@ class Model:
 
         A request is a prompt (text or token ids) or a mapping as in a line of OpenAI's batch files: `messages` or
         `prompt`, `max_tokens`, `temperature`, `stop` and so on, and a `custom_id` if wanted. A list is put in order so
-        that fronts in common are computed once; of an iterator, which may be endless, requests are taken as needed. Options: `sequences` at once, `max_tokens` and `ignore_eos` for
-        all, `share` (fronts in common are computed once; default True). For the most speed load the model with
-        `batch=` the number of sequences. A request that cannot be run has a result with an `error`.
+        that fronts in common are computed once; of an iterator, which may be endless, requests are taken as needed.
+        Options: `sequences` at once, `max_tokens` and `ignore_eos` for all, `share` (fronts in common are computed
+        once; default True). For the most speed load the model with `batch=` the number of sequences. A request that
+        cannot be run has a result with an `error`.
         """
         calls = Calls(self.engine, **options)
         self.batch_progress = calls.progress
@@ -435,10 +420,3 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
         """Whole words, and whatever is left at the end."""
         if text:
             self._on_text(text)
-
-
-def _room(folder: Path) -> int:
-    """What stored keys and values may take, all models together, where nobody has said: half of the disk's free space
-    and of what they take already."""
-    taken = sum(p.stat().st_size for p in folder.glob("*.kv"))
-    return (shutil.disk_usage(folder).free + taken) // 2

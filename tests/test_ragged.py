@@ -127,9 +127,9 @@ def test_forks_share_until_they_differ(case: Case) -> None:
             assert sum(s.tokens for s in engine.steps[before:]) < length, "the front was not computed again"
             assert [lane.out for lane in lanes] == [alone(case.oracle, shared[:length] + t, 3) for t in tails]
             for lane in lanes:
-                lane.cache.reset()
+                lane.cache.close()
         assert trunk.get_seq_length() == 70
-        trunk.reset()
+        trunk.close()
         assert cache.store is not None
         assert cache.store.held == 0
 
@@ -170,7 +170,7 @@ def test_an_interrupted_pass_leaves_the_others_usable(case: Case) -> None:
                 engine.advance(cache, [(broken, case.prompts[0])], [0])
         finally:
             engine.interrupt.clear()
-        broken.reset()
+        broken.close()
         lane = Lane(cache.new_sequence(), case.prompts[1], 8)
         run(engine, cache, [lane])
         assert lane.out == case.alone[1]

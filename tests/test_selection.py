@@ -14,7 +14,7 @@ from torch import Tensor
 from kvstore.abstracts import Abstracts
 from kvstore.search import Search, groups, top
 from kvstore.selection import DEFAULT_SELECTOR, SELECTORS, Bounds, HeavyHitters, LayerView, PromptWindow, make_selector
-from kvstore.shares import Ahead, grain, layer_budgets
+from kvstore.shares import LEAST_GROUPS, Ahead, grain, layer_budgets
 from tiers import UsageError
 
 KV, HEADS, DIM, CHUNK = 2, 4, 32, 16
@@ -347,9 +347,10 @@ def test_what_is_always_chosen_proves_nothing() -> None:
     assert grain(runs, 64, 1, 254) == 8
 
 
-def test_no_grain_of_which_the_budget_buys_no_group() -> None:
+def test_no_grain_of_which_the_budget_buys_few_groups() -> None:
     together = attention(256, [100, 101])
-    assert grain(together, 6, 1, 254) == 2
+    assert grain(together, 3 + 2 * LEAST_GROUPS, 1, 254) == 2
+    assert grain(together, 3 + 2 * LEAST_GROUPS - 1, 1, 254) == 1
     assert grain(together, 4, 1, 254) == grain(together, 2, 1, 254) == grain(together, 0, 1, 254) == 1
     assert grain(torch.ones(1, 2), 2, 1, 0) == 1
     with pytest.raises(ValueError, match=r"need \[heads, chunks\]"):

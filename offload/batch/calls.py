@@ -71,8 +71,8 @@ class Calls:
 
     def run(self, requests: Iterable[Asked]) -> Iterator[Result]:
         """Results in the order in which they come. A request is a prompt (text or token ids), or what a line of a batch
-        file holds. A list is put in order first, so that fronts in common are found; of another iterable requests are taken
-        as they are needed, in their order. Raises `Interrupted`, `ReadError`."""
+        file holds. A list is put in order first, so that fronts in common are found; of another iterable requests are
+        taken as they are needed, in their order. Raises `Interrupted`, `ReadError`."""
         results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         asked: dict[int, tuple[Prepared, dict[int, Choice]]] = {}
 

@@ -26,7 +26,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from offload.batch.edge import ReadAhead
-from offload.batch.job import BatchJob
+from offload.batch.job import BatchJob, How
 from offload.batch.journal import Checkpoint, Journal, Pending, Workload
 from offload.batch.lines import Source
 from offload.batch.order import UNIT
@@ -93,7 +93,9 @@ class RayJob(BatchJob):
         self._began = 0.0
         self._connection = Connection(False, [])
 
-    def _run(self, given: Source, output: Output, work: Workload, sequences: int | None, share: bool) -> None:
+    def _run(self, given: Source, output: Output, work: Workload, how: How) -> None:
+        if how.prefix_cache:
+            raise UsageError("--prefix-cache: workers of a cluster have no store in common; leave it out with --on ray")
         stats, journal = self.stats, output.journal
         stats.wanted_tokens = work.new_tokens
         stats.what = "loading"
@@ -104,18 +106,18 @@ class RayJob(BatchJob):
             each = math.ceil(work.requests / pool.workers)
             mean = Job(
                 each, max(1, work.prompt_tokens // work.requests), max(1, work.new_tokens // work.requests),
-                work.longest_prompt + work.longest_new, sequences,
+                work.longest_prompt + work.longest_new, how.sequences,
             )  # fmt: skip
             weights = fingerprint(list(read_checkpoint(self.folder).files), load_config(self.folder))
             order = Order(
                 journal.job, self._model, weights, self.preparer.name, self.preparer.names,
-                replace(self.config, batch=mean), self.preparer.max_tokens, self.preparer.ignore_eos, share,
+                replace(self.config, batch=mean), self.preparer.max_tokens, self.preparer.ignore_eos, how.share,
             )  # fmt: skip
-            rows = USUAL_ROWS if sequences is None else math.ceil(2 * sequences / IN_FLIGHT)
+            rows = USUAL_ROWS if how.sequences is None else math.ceil(2 * how.sequences / IN_FLIGHT)
             least = (work.prompt_tokens + work.new_tokens) / (pool.workers * IN_FLIGHT)
             while True:
                 before = stats.done + stats.failed
-                with contextlib.closing(_shards(given, journal, rows, least, share)) as shards:
+                with contextlib.closing(_shards(given, journal, rows, least, how.share)) as shards:
                     if not self._round(shards, order, pool):
                         return
                 assert self._writer is not None

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kvstore import PrefixStore, Sessions
 from offload.batch.compose import Composer
 from offload.batch.edge import AsyncOutput, ReadAhead
 from offload.batch.journal import Checkpoint, Workload
@@ -23,15 +24,15 @@ from offload.batch.output import Output
 from offload.batch.padded import PaddedRunner
 from offload.batch.prepare import Prepared, Preparer
 from offload.batch.requests import LineError, too_long
+from offload.batch.runner import OnPass, RaggedRunner, Runner, Task
 from offload.batch.runner import Progress as Passes
-from offload.batch.runner import RaggedRunner, Runner, Task
 from offload.checkpoint import read_checkpoint
 from offload.config import Job, RunConfig
 from offload.engine import Engine
 from offload.fingerprint import fingerprint
 from offload.hf import load_config
 from offload.stats import StepStats
-from tiers import Interrupted
+from tiers import Interrupted, UsageError
 from tiers import memory as mem
 from tiers.folders import cache_folder
 
@@ -105,22 +106,32 @@ class JobStats:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a job is run, which changes no answer (in float32). `sequences` at once (None: as many as are predicted to be
+    fastest); `share` fronts that requests have in common; with `prefix_cache`, keys and values that any run has stored
+    are read instead of computed, and what is computed is stored, so that after a crash little is computed again."""
+
+    sequences: int | None = None
+    share: bool = True
+    prefix_cache: bool = False
+
+
 OnProgress = Callable[[JobStats], None]
 
 
 def run_job(
     folder: Path, config: RunConfig, source: str, out: str, *, errors: str | None = None, max_tokens: int | None = None,
-    sequences: int | None = None, ignore_eos: bool = False, share: bool = True, max_line: int = MAX_LINE,
-    names: Collection[str] = (), stop: threading.Event | None = None, on_progress: OnProgress = lambda stats: None,
+    how: How | None = None, ignore_eos: bool = False, max_line: int = MAX_LINE, names: Collection[str] = (),
+    stop: threading.Event | None = None, on_progress: OnProgress = lambda stats: None,
     on_notes: Callable[[str], None] = lambda note: None, make: Callable[..., BatchJob] | None = None,
 ) -> JobStats:  # fmt: skip
     """Answer the requests of the file `source` in the file `out`, either of them `-` for stdin or stdout.
 
     `errors`: a file for the lines that cannot be answered, which else go to `out`. `max_tokens` of an answer whose
-    request does not say; `sequences` at once (None: as many as are predicted to be fastest); `share` fronts that
-    requests have in common. `make`: the kind of job, where it is not this process that answers. `stop`, once set, ends
-    the run at the next layer. Raises `Interrupted`, `UsageError`, `ModelError`, `BudgetError`, `StoreError`,
-    `ReadError`; what had been answered by then is kept in any case.
+    request does not say. `make`: the kind of job, where it is not this process that answers. `stop`, once set, ends the
+    run at the next layer. Raises `Interrupted`, `UsageError`, `ModelError`, `BudgetError`, `StoreError`, `ReadError`;
+    what had been answered by then is kept in any case.
     """
     stop = stop or threading.Event()
     stats = JobStats(what="reading")
@@ -137,7 +148,7 @@ def run_job(
         }
         output = held.enter_context(Output.open(out, given, settings, errors=errors, folder=room))
         job.prepare(given, output)
-        job.run(given, output, sequences, share)
+        job.run(given, output, how or How())
     return stats
 
 
@@ -187,24 +198,24 @@ class BatchJob:
         stats.total, stats.done, stats.failed = counts
         stats.before = counts.done + counts.failed
 
-    def run(self, given: Source, output: Output, sequences: int | None, share: bool) -> None:
+    def run(self, given: Source, output: Output, how: How) -> None:
         """Answer what has no answer yet."""
         journal, stats = output.journal, self.stats
         with AsyncOutput(output) as writer:
             self._writer = writer
             work = journal.workload()
             if work.requests:
-                self._run(given, output, work, sequences, share)
+                self._run(given, output, work, how)
         stats.peak_rss_bytes = max(stats.peak_rss_bytes, mem.peak_rss())
         stats.what = "requests"
         self._told(stats)
 
-    def _run(self, given: Source, output: Output, work: Workload, sequences: int | None, share: bool) -> None:
+    def _run(self, given: Source, output: Output, work: Workload, how: How) -> None:
         stats, journal = self.stats, output.journal
         stats.wanted_tokens = work.new_tokens
         mean = Job(
             work.requests, max(1, work.prompt_tokens // work.requests), max(1, work.new_tokens // work.requests),
-            work.longest_prompt + work.longest_new, sequences,
+            work.longest_prompt + work.longest_new, how.sequences,
         )  # fmt: skip
         stats.what = "loading"
         engine = Engine(self.folder, replace(self.config, batch=mean), self._loading, interrupt=self.stop)
@@ -213,7 +224,8 @@ class BatchJob:
             stats.load_s, stats.budget_bytes, stats.what = engine.load_s, engine.plan.ram, "requests"
             assert engine.rate is not None
             stats.predicted = engine.rate.new_tokens_per_s
-            runner = make_runner(engine, engine.rate.sequences, share, self._passed)
+            store = engine.prefixes(Sessions()) if how.prefix_cache else None
+            runner = make_runner(engine, engine.rate.sequences, how.share, self._passed, store)
             stats.sequences = engine.rate.sequences
             held.callback(runner.close)
             rows = held.enter_context(ReadAhead(given, journal.pending()))
@@ -290,8 +302,12 @@ class BatchJob:
         self._told(self.stats)
 
 
-def make_runner(engine: Engine, sequences: int, share: bool, on_pass: Callable[[Runner], None]) -> Runner:
-    """The runner for the engine's model."""
+def make_runner(
+    engine: Engine, sequences: int, share: bool, on_pass: OnPass, store: PrefixStore | None = None
+) -> Runner:  # fmt: skip
+    """The runner for the engine's model. Raises `UsageError` for a store of what cannot be stored in pieces."""
     if engine.kv.takes_ragged:
-        return RaggedRunner(engine, sequences, share=share, on_pass=on_pass)
+        return RaggedRunner(engine, sequences, share=share, store=store, on_pass=on_pass)
+    if store is not None:
+        raise UsageError("--prefix-cache: this model keeps states, which run in padded groups and are not stored")
     return PaddedRunner(engine, sequences, on_pass=on_pass)

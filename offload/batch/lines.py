@@ -74,7 +74,7 @@ def split(fd: int, *, begin: int = 0, limit: int = MAX_LINE, seen: Seen | None =
             parts.append(block[at:] if at else block)
             length += len(block) - at
             if length > limit:
-                parts = [b"".join(parts)[:HEAD]]
+                parts = [_head(parts)]
         offset += len(block)
     if length:
         yield from _line(number + 1, start, parts, length, b"", limit, False)
@@ -83,11 +83,15 @@ def split(fd: int, *, begin: int = 0, limit: int = MAX_LINE, seen: Seen | None =
 def _line(number: int, start: int, parts: list[bytes], held: int, last: bytes, limit: int, ended: bool) -> list[Line]:
     length = held + len(last)
     if length > limit:
-        return [Line(number, start, length, None, b"".join([*parts, last[:HEAD]])[:HEAD], ended)]
+        return [Line(number, start, length, None, _head([*parts, last]), ended)]
     data = b"".join([*parts, last]) if parts else last
     if not data or data.isspace():
         return []
     return [Line(number, start, length, data, data[:HEAD], ended)]
+
+
+def _head(parts: list[bytes]) -> bytes:
+    return b"".join(part[:HEAD] for part in parts)[:HEAD]
 
 
 class Source:
@@ -114,9 +118,9 @@ class Source:
     ) -> Source:
         """The file at `path`, or what comes on stdin for `-`; its identity is known when this returns.
 
-        What is no plain file is kept in an unnamed file in `folder` (default: that for temporary files): the same
-        command with the same stdin finds the same job. `seen` is called with every block, and may raise.
-        Raises `UsageError` if it is not there, `ReadError`, `StoreFull` and `StoreError`.
+        What is no file that can be read from its beginning is kept in an unnamed one in `folder` (default: that for
+        temporary files): the same command with the same stdin finds the same job. `seen` is called with every block,
+        and may raise. Raises `UsageError` if it is not there, `ReadError`, `StoreFull` and `StoreError`.
         """
         name = "stdin" if str(path) == "-" else str(path)
         try:
@@ -127,7 +131,8 @@ class Source:
             kind = os.fstat(fd).st_mode
             if stat.S_ISDIR(kind):
                 raise UsageError(f"{name} is a folder; -i names the file with the requests, or - for stdin")
-            if str(path) == "-" or not stat.S_ISREG(kind):
+            # a file that the shell opened for us is one, unless something has read of it already
+            if not stat.S_ISREG(kind) or (str(path) == "-" and os.lseek(fd, 0, os.SEEK_CUR)):
                 kept, identity = _spool(fd, name, folder, seen)
                 os.close(fd)
                 fd = kept

@@ -24,7 +24,7 @@ _MOST = (1 << 32) - 1
 
 
 class Node(NamedTuple):
-    """Requests `left` to `right` (places in the order of keys) share `depth` units; tokens of the `longest`."""
+    """Requests `left` to `right` in the order of keys share `depth` units; the longest of them has `longest` tokens."""
 
     left: int
     right: int

@@ -135,6 +135,7 @@ class Output:
         self._errors = errors
         self._stream = stream
         self._failed: OffloadError | None = None
+        self._recovered = False
 
     @classmethod
     def open(
@@ -171,7 +172,8 @@ class Output:
                 files.append(file)
             stream = -1
             if place is not None:
-                named = os.path.abspath(kept) if kept is not None else None
+                # relative, so that all of a job can be moved elsewhere
+                named = os.path.relpath(kept, place.parent) if kept is not None else None
                 journal = Journal.open(place, source.identity, settings, errors=named)
             else:
                 journal = Journal.unnamed(folder or Path.cwd(), source.identity, settings)
@@ -213,10 +215,17 @@ class Output:
         by the next `recover`; of the others nothing is left, and this output takes no more. Raises ValueError if a
         request has its line already.
         """
+        assert self._recovered  # else where the files end is not known
         if self._failed is not None:
             raise self._failed
+        numbers = {answer.number for answer in answers}
+        if len(numbers) < len(answers) or not all(self.journal.awaits(a.number, a.custom_id) for a in answers):
+            raise ValueError("a request is answered twice, or is none of this job's")
+        # stays if this is interrupted: where the files end is not known any more then
+        self._failed = OffloadError("writing the results was interrupted; run the same command again")
         try:
-            self._write(answers, checkpoints)
+            self._write(answers, [c for c in checkpoints if c.number not in numbers])
+            self._failed = None
         except OffloadError as e:
             self._failed = e
             raise
@@ -225,13 +234,10 @@ class Output:
             raise self._failed from None
 
     def _write(self, answers: Sequence[Answer], checkpoints: Sequence[Checkpoint]) -> None:
-        numbers = {answer.number for answer in answers}
-        if len(numbers) < len(answers) or not all(self.journal.awaits(a.number, a.custom_id) for a in answers):
-            raise ValueError("a request is answered twice, or is none of this job's")
         marks: list[Mark] = []
         extents: dict[str, Extent] = {}
         trouble: OffloadError | None = None
-        for file in (self._out, self._errors):
+        for file in [self._out] if self._errors is None else [self._out, self._errors]:
             mine = [a for a in answers if self._file_of(a) is file]
             if not mine or trouble is not None:
                 continue
@@ -239,9 +245,8 @@ class Output:
             marks += [Mark(a.number, a.failed, end) for a, end in zip(mine, ends, strict=False)]
             if file is not None and ends:
                 extents[file.name] = Extent(file.end, ends[-1], _hash(b"".join(a.line for a in mine[: len(ends)])))
-        left = [c for c in checkpoints if c.number not in numbers]
-        if marks or left:
-            self.journal.commit(marks, lambda: extents, left)
+        if marks or checkpoints:
+            self.journal.commit(marks, lambda: extents, checkpoints)
         for file in self._files:
             if file.name in extents:
                 file.end = extents[file.name].end
@@ -286,6 +291,7 @@ class Output:
             recovered = self._agree() if self._files else Recovered(0, 0, ())
         except OSError as e:
             raise _trouble(self._files[0].path, e) from None
+        self._recovered = True
         group: list[Answer] = []
         size = 0
         for number, error in self.journal.rejected():

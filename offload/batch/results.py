@@ -16,6 +16,7 @@ from offload.batch.requests import LineError
 
 _PLACE = '"request_id": "req_'
 _SUM = 24  # hex digits
+_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # where Python's splitlines() would end a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def _begin(job: str, number: int) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).translate(_BREAKS)
 
 
 def _bytes(text: str) -> bytes:

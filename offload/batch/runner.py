@@ -8,10 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvstore import RaggedCache, TieredCache
+import torch
+from transformers.cache_utils import Cache
+
+from kvstore import PrefixStore, RaggedCache, TieredCache
 from offload.batch.choosing import Chooser, choose_all
 from offload.batch.schedule import Member, Schedule
 from offload.engine import Engine
+from offload.history import History
 from offload.stats import StepStats
 
 
@@ -80,15 +84,12 @@ class RaggedRunner:
     """Sequences of any length in one pass, joining and leaving at any: for models that keep keys and values alone."""
 
     def __init__(
-        self,
-        engine: Engine,
-        sequences: int,
-        *,
-        share: bool = True,
-        on_pass: Callable[[Runner], None] = lambda runner: None,
-    ) -> None:
+        self, engine: Engine, sequences: int, *, share: bool = True, store: PrefixStore | None = None,
+        on_pass: OnPass = lambda runner: None,
+    ) -> None:  # fmt: skip
         """`sequences` at once, in the context that the engine has planned for; `share`: fronts in common are computed
-        once. `on_pass` is called after each."""
+        once. With a `store`, what it has of a front is read instead of computed, and what is computed is kept there.
+        `on_pass` is called after each."""
         self._engine = engine
         self._held = ExitStack()
         each = engine.plan.context // sequences
@@ -97,6 +98,8 @@ class RaggedRunner:
         chunk = engine.kv.chunk_of(each)
         self._schedule = Schedule(engine.plan.context, sequences, width, chunk, sharing=share)
         self._on_pass = on_pass
+        self._store = store
+        self._histories: dict[Member, History] = {}
         self._sequences: dict[Member, TieredCache] = {}
         self.progress = Progress()
 
@@ -151,6 +154,9 @@ class RaggedRunner:
                 member.todo.append(token)
             if _task(member).chooser.finish is not None:
                 ended.append(member)
+        for (sequence, tokens), (member, _) in zip(given, parts, strict=True):
+            if member in self._histories:
+                self._histories[member].passed(sequence, torch.tensor([tokens]))
         progress.passes += 1
         progress.step += stats
         progress.running = sum(not m.gone for m in schedule.members)
@@ -169,13 +175,43 @@ class RaggedRunner:
                     task.reused = min(member.shared, len(task.prompt))
                     self.progress.reused += task.reused
                 else:
-                    self._sequences[member] = self._cache.new_sequence()
+                    self._sequences[member] = self._new_sequence(member)
                 self._forget(self._schedule.began(member))
 
+    def _new_sequence(self, member: Member) -> TieredCache:
+        """Of one that shares with nobody here; what is on disk of its front is read."""
+        if self._store is None:
+            return self._cache.new_sequence()
+        history = History(_Sequences(self._cache), 0, self._engine.device.torch_device, self._store)
+        sequence = history.begin(member.todo)
+        assert isinstance(sequence, TieredCache)
+        self._schedule.known(member, history.reused)
+        task = _task(member)
+        task.reused = min(history.reused, len(task.prompt))
+        self.progress.reused += task.reused
+        self._engine.notes += history.notes
+        history.notes.clear()
+        self._histories[member] = history
+        return sequence
+
     def _forget(self, member: Member | None) -> None:
-        sequence = self._sequences.pop(member, None) if member is not None else None
+        if member is None:
+            return
+        self._histories.pop(member, None)
+        sequence = self._sequences.pop(member, None)
         if sequence is not None:
-            sequence.reset()
+            sequence.close()
+
+
+class _Sequences:
+    """Makes sequences of a ragged cache, for a `History`."""
+
+    def __init__(self, cache: RaggedCache) -> None:
+        self._cache = cache
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty one; it grows as it must."""
+        return self._cache.new_sequence()
 
 
 def _task(member: Member) -> Task:

@@ -103,6 +103,12 @@ class Schedule:
             m for m in self.members if not m.begun and (m.donor is None or (m.donor.begun and m.donor.done >= m.shared))
         ]
 
+    def known(self, member: Member, length: int) -> None:
+        """The first `length` tokens of one that begins are there already, all but one at most."""
+        assert member.donor is None and not member.done
+        del member.todo[:length]
+        member.done = length
+
     def began(self, member: Member) -> Member | None:
         """It has its own share of the front now; returns the trunk if that was kept for it alone."""
         member.begun = True
