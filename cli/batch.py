@@ -36,11 +36,16 @@ def command(args: argparse.Namespace) -> int:
     stop = threading.Event()
     shown = _Shown()
     try:
-        with _stoppable(stop):
+        with _stoppable(stop) as ready:
+
+            def told(stats: JobStats) -> None:
+                ready.set()  # imports take seconds, in which there is nothing to be finished
+                shown(stats)
+
             stats = offload.run_batch(
                 args.model, args.input, args.output, errors=args.errors, max_tokens=args.max_tokens,
                 sequences=args.sequences, ignore_eos=args.ignore_eos, share=not args.no_sharing, stop=stop,
-                progress=shown, note=shown.note, **loading(args),
+                progress=told, note=shown.note, **loading(args),
             )  # fmt: skip
     except Interrupted:
         shown.clear()
@@ -108,6 +113,8 @@ class _Shown:
 
     def __call__(self, stats: JobStats) -> None:
         now = time.monotonic()
+        if stats.what == "reading" and not stats.total:
+            return
         if now - self._at < (_EVERY_S if self._tty else _EVERY_LINES_S):
             return
         self._at = now
@@ -132,17 +139,19 @@ class _Shown:
 
 
 @contextmanager
-def _stoppable(stop: threading.Event) -> Iterator[None]:
-    """While this lasts, Ctrl-C and SIGTERM end the job at the next layer; a second one ends it wherever it is."""
+def _stoppable(stop: threading.Event) -> Iterator[threading.Event]:
+    """While this lasts, Ctrl-C and SIGTERM end the job at the next layer; a second one ends it wherever it is, and so
+    does the first before the event that is yielded is set."""
+    ready = threading.Event()
 
     def stopped(signum: int, frame: object) -> None:
-        if stop.is_set():
+        if stop.is_set() or not ready.is_set():
             raise KeyboardInterrupt
         stop.set()
 
     before = {s: signal.signal(s, stopped) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield ready
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

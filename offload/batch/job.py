@@ -125,6 +125,7 @@ def run_job(
     """
     stop = stop or threading.Event()
     stats = JobStats(what="reading")
+    on_progress(stats)
     job = _Job(folder, config, stats, stop, on_progress, on_notes)
     job.preparer = Preparer(folder, load_config(folder), names=names, max_tokens=max_tokens, ignore_eos=ignore_eos)
     room = cache_folder()
@@ -155,7 +156,7 @@ class _Job:
         self._told, self._notes = on_progress, on_notes
         self._writer: AsyncOutput | None = None
         self._saved: dict[Task, int] = {}
-        self._saved_at = time.perf_counter()
+        self._began = self._saved_at = time.perf_counter()
         self._parts: dict[int, dict[int, Choice]] = {}
         self._reused: dict[int, int] = {}
 
@@ -220,7 +221,7 @@ class _Job:
             stats.sequences = engine.rate.sequences
             held.callback(runner.close)
             rows = held.enter_context(ReadAhead(given, journal.pending()))
-            began = time.perf_counter()
+            self._began = time.perf_counter()
             prepared: dict[int, Prepared] = {}
 
             def tasks() -> Iterator[Task]:
@@ -240,12 +241,12 @@ class _Job:
                 for task in runner.run(tasks()):
                     assert isinstance(task.owner, int)
                     self._ended(task, task.owner, prepared, journal.job)
-                    self._tell(runner.progress, began)
+                    self._tell(runner.progress)
             except Interrupted:
                 self._save(runner.running, 0)
                 raise
             finally:
-                self._tell(runner.progress, began)
+                self._tell(runner.progress)
                 for note in engine.notes:
                     self._notes(note)
 
@@ -282,6 +283,7 @@ class _Job:
 
     def _passed(self, runner: Runner) -> None:
         """After each pass."""
+        self._tell(runner.progress)
         if time.perf_counter() - self._saved_at >= CHECKPOINT_S:
             self._save(runner.running, _UNSEEN)
 
@@ -296,9 +298,9 @@ class _Job:
                 self._writer.checkpoint(Checkpoint(task.owner, chooser.index, chooser.state()))
                 self._saved[task] = len(chooser.tokens)
 
-    def _tell(self, passes: Passes, began: float) -> None:
+    def _tell(self, passes: Passes) -> None:
         stats = self.stats
-        stats.seconds = time.perf_counter() - began
+        stats.seconds = time.perf_counter() - self._began
         stats.computed_tokens, stats.reused_tokens = passes.computed, passes.reused
         stats.new_tokens, stats.running, stats.passes, stats.step = (
             passes.generated, passes.running, passes.passes, passes.step,
