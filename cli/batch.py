@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -52,6 +53,7 @@ def command(args: argparse.Namespace) -> int:
         kept = "" if args.output == "-" else "; what is answered is kept, and the same command goes on from there"
         print(f"offload batch: interrupted{kept}: {_again(args)}" if kept else "offload batch: interrupted",
               file=sys.stderr)  # fmt: skip
+        gc.freeze()  # to go through all that was imported, for nothing, takes the interpreter a second or more at its end
         return Interrupted.exit_code
     finally:
         shown.clear()

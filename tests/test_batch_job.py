@@ -187,14 +187,14 @@ def test_stop_strings(model: Path, tmp_path: Path) -> None:
 def test_structured_output_is_valid(tmp_path: Path) -> None:
     """On the demo model, whose vocabulary can say anything."""
     schema = {
-        "type": "object", "additionalProperties": False, "required": ["name", "age", "tags"],
-        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "type": "object", "additionalProperties": False, "required": ["age", "tags"],
+        "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 120},
                        "tags": {"type": "array", "maxItems": 2, "items": {"enum": ["red", "blue"]}}},
     }  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": schema}}
     lines = [
         {"custom_id": f"q{i}", "messages": [{"role": "user", "content": f"Tell me about person {i}."}],
-         "max_tokens": 200, "response_format": form}
+         "max_tokens": 600, "response_format": form}
         for i in range(3)
     ] + [
         {"custom_id": "free", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 6},
@@ -208,10 +208,9 @@ def test_structured_output_is_valid(tmp_path: Path) -> None:
         choice = found[f"q{i}"]["body"]["choices"][0]
         assert choice["finish_reason"] == "stop"
         value = json.loads(choice["message"]["content"])
-        assert sorted(value) == ["age", "name", "tags"]
+        assert sorted(value) == ["age", "tags"]
         assert isinstance(value["age"], int)
         assert 0 <= value["age"] <= 120
-        assert len(value["name"]) <= 20
         assert set(value["tags"]) <= {"red", "blue"}
     assert found["bad"]["error"]["param"] == "response_format"
 
@@ -278,7 +277,7 @@ def test_another_job_another_model_and_another_runner_are_refused(
     own.write_bytes(lines)
     with pytest.raises(UsageError, match="max_tokens was 256 and is 7"):
         run(model, own, out, max_tokens=7)
-    with pytest.raises(UsageError, match="errors"):
+    with pytest.raises(UsageError, match="begun without -e"):
         run(model, own, out, errors=tmp_path / "errors.jsonl")
     with pytest.raises(UsageError, match="model was"):
         run("demo-dense", own, out)
@@ -493,15 +492,15 @@ def test_from_stdin_to_stdout(
     assert results(tmp_path / "kept") == wanted
 
 
-def test_the_readers_end_is_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reader_that_is_gone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = write(tmp_path / "in", asked(6))
     end, begin = os.pipe()
     os.close(end)
     code, _, err = command(capsys, model, "-i", given, "-o", f"/dev/fd/{begin}", *FLAGS)
     os.close(begin)
     assert code == 1
-    assert "name a file with -o" in err
-    assert len(err.strip().splitlines()) == 1, err
+    assert err.endswith("offload batch: who reads the results is gone; name a file with -o to be able to continue\n")
+    assert "Traceback" not in err
 
 
 def spawn(*args: object, **options: Any) -> subprocess.Popen[str]:
@@ -524,7 +523,7 @@ def await_lines(path: Path, count: int, p: subprocess.Popen[str]) -> None:
 
 def test_ctrl_c_and_sigterm_end_a_job_that_goes_on_later(model: Path, tmp_path: Path) -> None:
     """Within two seconds: a busy machine gets three attempts."""
-    lines = [{**line, "max_tokens": 3 if i < 12 else 1000} if "body" not in line else line
+    lines = [{**line, "max_tokens": 3 if i < 12 else 350} if "body" not in line else line
              for i, line in enumerate(asked(60))]  # fmt: skip
     given, out, took, kept = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", [], 0
     for attempt in range(4):

@@ -231,7 +231,7 @@ class Output:
         marks: list[Mark] = []
         extents: dict[str, Extent] = {}
         trouble: OffloadError | None = None
-        for file in (self._out, self._errors):
+        for file in (self._out, self._errors) if self._errors is not None else (self._out,):
             mine = [a for a in answers if self._file_of(a) is file]
             if not mine or trouble is not None:
                 continue
