@@ -26,6 +26,10 @@ from offload.batch import job as batch_job
 from offload.batch.job import JobStats
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import batch_crash  # noqa: E402
+
 OPTIONS: dict[str, Any] = {"dtype": "float32", "ignore_eos": True}
 
 
@@ -385,6 +389,47 @@ def test_a_long_answer_goes_on_from_its_checkpoint(
     assert a["text"] == b["text"]
     assert a["logprobs"]["tokens"] == b["logprobs"]["tokens"]
     assert a["logprobs"]["token_logprobs"] == pytest.approx(b["logprobs"]["token_logprobs"], abs=1e-4)
+
+
+def test_whatever_kills_it_every_request_is_answered_once(model: Path, tmp_path: Path) -> None:
+    """Ten kills of the campaign in bench/: at any time, in any call, on a full disk, and what they leave harmed."""
+    figures = batch_crash.campaign(tmp_path / "c", kills=10, seed=2, model=str(model), count=60, longest=60)
+    assert figures["kills"] == 10
+    assert sum(figures["by"].values()) == 10
+    assert all(figures["by"].values())
+    assert figures["jobs"] >= 1
+    assert figures["answers_verified"] > 60
+
+
+def test_the_campaign_notices_what_is_wrong(model: Path, tmp_path: Path) -> None:
+    given = tmp_path / "in"
+    given.write_text("\n".join(batch_crash.requests(20, 6)))
+    job = batch_crash.Job(str(model), given, tmp_path / "out", tmp_path / "errors")
+    run(model, given, job.out, errors=job.errors)
+    job.wanted = job.answers()
+    assert len(job.wanted) == 20
+    job.complete()
+    good = job.out.read_bytes()
+    first, second, *_ = good.splitlines(keepends=True)
+    job.out.write_bytes(good + first)
+    with pytest.raises(batch_crash.BenchError, match="twice"):
+        job.answers()
+    job.out.write_bytes(good.replace(first, b""))
+    with pytest.raises(batch_crash.BenchError, match="1 requests have no answer"):
+        job.complete()
+    job.out.write_bytes(good[:-1])
+    with pytest.raises(batch_crash.BenchError, match="no answer"):
+        job.complete()
+    job.out.write_bytes(good + second[:40])
+    assert job.answers() == job.wanted, "half a line at the end is no answer"
+    with pytest.raises(batch_crash.BenchError, match="half a line"):
+        job.complete()
+    job.out.write_bytes(good.replace(b'"finish_reason": "length"', b'"finish_reason": "stop"', 1))
+    with pytest.raises(batch_crash.BenchError, match="otherwise"):
+        job.answers()
+    job.out.write_bytes(first[:50] + b"\n" + good)
+    with pytest.raises(batch_crash.BenchError, match="line 1 is no result"):
+        job.answers()
 
 
 # the command
