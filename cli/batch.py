@@ -39,21 +39,21 @@ def command(args: argparse.Namespace) -> int:
     try:
         with _stoppable(stop) as ready:
 
-            def told(stats: JobStats) -> None:
+            def begun(stats: JobStats) -> None:
                 ready.set()  # imports take seconds, in which there is nothing to be finished
                 shown(stats)
 
             stats = offload.run_batch(
                 args.model, args.input, args.output, errors=args.errors, max_tokens=args.max_tokens,
                 sequences=args.sequences, ignore_eos=args.ignore_eos, share=not args.no_sharing, stop=stop,
-                progress=told, note=shown.note, **loading(args),
+                progress=begun, note=shown.note, **loading(args),
             )  # fmt: skip
     except Interrupted:
         shown.clear()
         kept = "" if args.output == "-" else "; what is answered is kept, and the same command goes on from there"
         print(f"offload batch: interrupted{kept}: {_again(args)}" if kept else "offload batch: interrupted",
               file=sys.stderr)  # fmt: skip
-        gc.freeze()  # to go through all that was imported, for nothing, takes the interpreter a second or more at its end
+        gc.freeze()  # else the interpreter's last collection goes through all that was imported: a second or more
         return Interrupted.exit_code
     finally:
         shown.clear()

@@ -190,7 +190,7 @@ def jobs(draw: st.DrawFn) -> list[Answer]:
     sharing=st.booleans(),
 )
 # the next one shares less with the last than that shares with the one before, who has not come so far
-@example([Answer(segment(0, 48), [1], 1), Answer(segment(0, 40) + [8], [2], 1), Answer(segment(0, 20) + [9], [3], 1)],
+@example([Answer(segment(0, 48), [1], 1), Answer([*segment(0, 40), 8], [2], 1), Answer([*segment(0, 20), 9], [3], 1)],
          600, 8, 16, 16, True)  # fmt: skip
 # what goes on with all that one said, whose last token nobody computed
 @example([Answer(segment(0, 20), [1, 2], 2), Answer([*segment(0, 20), 1, 2, 5], [3], 1)], 600, 1, 16, 16, True)
@@ -214,7 +214,7 @@ def test_any_job(answers: list[Answer], room: int, most: int, width: int, chunk:
 @given(count=st.integers(2, 9), front=st.integers(LEAST_SHARED, 200), most=st.integers(1, 4), chunk=st.just(16))
 def test_a_front_in_common_is_computed_once(count: int, front: int, most: int, chunk: int) -> None:
     """However few run at once: who leaves is kept as long as the next one shares its front."""
-    answers = [Answer(segment(0, front) + [5000 + i], say(i, 3), 3) for i in range(count)]
+    answers = [Answer([*segment(0, front), 5000 + i], say(i, 3), 3) for i in range(count)]
     driver = Driver(answers, 10_000, most, 64, chunk)
     driver.run()
     assert driver.computed == front + count * (1 + 2)
