@@ -31,7 +31,8 @@ from common import ROOT, BenchError, flags, head, load_average, run_script, say,
 
 CALLS = ("write", "fsync", "ftruncate", "rename", "unlink")
 HOW = ("time", "call", "time", "full")  # in turn
-WORDS = "the of town river who lives in a house and why does it rain on every market day near old mill".split()
+WORDS = ("the", "of", "town", "river", "who", "lives", "in", "a", "house", "and", "why", "does", "rain", "on", "every",
+         "market", "day", "near", "old", "mill")  # fmt: skip
 OPTIONS: dict[str, Any] = {"dtype": "float32", "sequences": 16}
 
 

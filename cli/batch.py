@@ -39,14 +39,14 @@ def command(args: argparse.Namespace) -> int:
     try:
         with _stoppable(stop) as ready:
 
-            def told(stats: JobStats) -> None:
+            def begun(stats: JobStats) -> None:
                 ready.set()  # imports take seconds, in which there is nothing to be finished
                 shown(stats)
 
             stats = offload.run_batch(
                 args.model, args.input, args.output, errors=args.errors, max_tokens=args.max_tokens,
                 sequences=args.sequences, ignore_eos=args.ignore_eos, share=not args.no_sharing, stop=stop,
-                prefix_cache=args.prefix_cache, on=args.on, workers=args.workers, progress=told, note=shown.note,
+                prefix_cache=args.prefix_cache, on=args.on, workers=args.workers, progress=begun, note=shown.note,
                 **loading(args),
             )  # fmt: skip
     except Interrupted:

@@ -314,9 +314,9 @@ def test_two_runners_at_once_are_one_and_a_refusal(model: Path, tmp_path: Path) 
 # stopping and going on
 
 
-def stop_after(stop: threading.Event, holds: Callable[[JobStats], bool]) -> Callable[[JobStats], None]:
+def stop_after(stop: threading.Event, *, done: int = 1 << 30, total: int = 1 << 30) -> Callable[[JobStats], None]:
     def seen(stats: JobStats) -> None:
-        if holds(stats):
+        if stats.done >= done or stats.total >= total:
             stop.set()
 
     return seen
@@ -330,8 +330,7 @@ def test_stopped_and_started_again_until_it_is_done(
     while True:
         stop, runs = threading.Event(), runs + 1
         try:
-            stats = run(model, given, out, sequences=6, stop=stop,
-                        progress=stop_after(stop, lambda s: s.done >= before + 9))  # fmt: skip
+            stats = run(model, given, out, sequences=6, stop=stop, progress=stop_after(stop, done=before + 9))
             break
         except Interrupted:
             kept = results(out)
@@ -346,7 +345,7 @@ def test_stopped_and_started_again_until_it_is_done(
 def test_stopped_while_lines_are_read_nothing_is_left(model: Path, tmp_path: Path) -> None:
     given, stop = write(tmp_path / "in", asked(600)), threading.Event()
     with pytest.raises(Interrupted):
-        run(model, given, tmp_path / "out", stop=stop, progress=stop_after(stop, lambda s: s.total >= 256))
+        run(model, given, tmp_path / "out", stop=stop, progress=stop_after(stop, total=256))
     assert (tmp_path / "out").read_bytes() == b""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
@@ -368,6 +367,7 @@ def test_a_long_answer_goes_on_from_its_checkpoint(
     assert whole.new_tokens == 300 + 2 * 290 + 5
     out, left, runs = tmp_path / "out", whole.new_tokens, 0
     while True:
+
         def seen(stats: JobStats) -> None:
             if stats.new_tokens >= 250:
                 raise Killed
@@ -449,7 +449,19 @@ FLAGS = ("--dtype", "float32", "--ignore-eos")
 
 def test_summary_and_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, out = write(tmp_path / "in", [*asked(6), b"nonsense"]), tmp_path / "out"
-    args = (model, "-i", given, "-o", out, "-e", tmp_path / "errors", "--summary", tmp_path / "s.json", "--json", *FLAGS)
+    args = (
+        model,
+        "-i",
+        given,
+        "-o",
+        out,
+        "-e",
+        tmp_path / "errors",
+        "--summary",
+        tmp_path / "s.json",
+        "--json",
+        *FLAGS,
+    )
     code, told, err = command(capsys, *args)
     assert code == 0
     summary = json.loads(told)
