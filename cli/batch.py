@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -36,11 +37,16 @@ def command(args: argparse.Namespace) -> int:
     stop = threading.Event()
     shown = _Shown()
     try:
-        with _stoppable(stop):
+        with _stoppable(stop) as ready:
+
+            def begun(stats: JobStats) -> None:
+                ready.set()  # imports take seconds, in which there is nothing to be finished
+                shown(stats)
+
             stats = offload.run_batch(
                 args.model, args.input, args.output, errors=args.errors, max_tokens=args.max_tokens,
                 sequences=args.sequences, ignore_eos=args.ignore_eos, share=not args.no_sharing, stop=stop,
-                prefix_cache=args.prefix_cache, on=args.on, workers=args.workers, progress=shown, note=shown.note,
+                prefix_cache=args.prefix_cache, on=args.on, workers=args.workers, progress=begun, note=shown.note,
                 **loading(args),
             )  # fmt: skip
     except Interrupted:
@@ -48,15 +54,16 @@ def command(args: argparse.Namespace) -> int:
         kept = "" if args.output == "-" else "; what is answered is kept, and the same command goes on from there"
         print(f"offload batch: interrupted{kept}: {_again(args)}" if kept else "offload batch: interrupted",
               file=sys.stderr)  # fmt: skip
+        gc.freeze()  # else the interpreter goes through all that was imported at its end, for a second or more
         return Interrupted.exit_code
     finally:
         shown.clear()
     print(dim(summary(stats), sys.stderr), file=sys.stderr)
-    told = json.dumps(stats.as_json())
+    text = json.dumps(stats.as_json())
     if args.summary is not None:
-        _write(Path(args.summary), told)
+        _write(Path(args.summary), text)
     if args.json:
-        print(told, flush=True)
+        print(text, flush=True)
     return 0
 
 
@@ -109,6 +116,8 @@ class _Shown:
 
     def __call__(self, stats: JobStats) -> None:
         now = time.monotonic()
+        if stats.what == "reading" and not stats.total:
+            return
         if now - self._at < (_EVERY_S if self._tty else _EVERY_LINES_S):
             return
         self._at = now
@@ -133,17 +142,19 @@ class _Shown:
 
 
 @contextmanager
-def _stoppable(stop: threading.Event) -> Iterator[None]:
-    """While this lasts, Ctrl-C and SIGTERM end the job at the next layer; a second one ends it wherever it is."""
+def _stoppable(stop: threading.Event) -> Iterator[threading.Event]:
+    """While this lasts, Ctrl-C and SIGTERM end the job at the next layer; a second one ends it wherever it is, and so
+    does the first before the event that is yielded is set."""
+    ready = threading.Event()
 
     def stopped(signum: int, frame: object) -> None:
-        if stop.is_set():
+        if stop.is_set() or not ready.is_set():
             raise KeyboardInterrupt
         stop.set()
 
     before = {s: signal.signal(s, stopped) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield ready
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -159,9 +159,11 @@ class Model:
 
     async def abatch(self, requests: Iterable[Asked], **options: Any) -> AsyncIterator[Result]:
         """The same without holding up an event loop; leaving the loop over it ends the batch at the next layer."""
+        found = in_thread(lambda: self.batch(requests, **options), self.engine.interrupt.set)
         try:
-            async for result in in_thread(lambda: self.batch(requests, **options), self.engine.interrupt.set):
-                yield result
+            async with contextlib.aclosing(found):  # it has stopped before the interrupt is taken back
+                async for result in found:
+                    yield result
         finally:
             self.engine.interrupt.clear()
 

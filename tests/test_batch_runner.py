@@ -64,9 +64,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield Case(request.param, folder, oracle, model, requests, wanted)
 
 
-def ask(model: Model, requests: Sequence[Any], **options: Any) -> list[Result]:
+def ask(model: Model, requests: Sequence[Any], *, as_they_come: bool = False, **options: Any) -> list[Result]:
     """Results in the order of the requests."""
-    results = list(model.batch(requests, ignore_eos=True, **options))
+    given = iter(requests) if as_they_come else requests
+    results = list(model.batch(given, ignore_eos=True, **options))
     assert sorted(r.index for r in results) == list(range(len(requests))), "each once"
     assert [r.error for r in results] == [None] * len(results)
     return sorted(results, key=lambda r: r.index)
@@ -78,7 +79,7 @@ def tokens(results: Sequence[Result]) -> list[list[int]]:
 
 def test_few_at_once(case: Case) -> None:
     """Three at a time: they join and leave at any pass."""
-    results = ask(case.model, case.requests, sequences=3)
+    results = ask(case.model, case.requests, as_they_come=True, sequences=3)
     assert tokens(results) == case.wanted
     progress = case.model.batch_progress
     assert progress.most == 3

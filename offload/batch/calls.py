@@ -8,7 +8,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ def _ended(task: Task, found: Prepared, choices: dict[int, Choice], name: str) -
     return Result(index, request.custom_id, ordered, body)
 
 
-async def in_thread(make: Callable[[], Iterator[Result]], stop: Callable[[], None]) -> AsyncIterator[Result]:
+async def in_thread(make: Callable[[], Iterator[Result]], stop: Callable[[], None]) -> AsyncGenerator[Result, None]:
     """The results of an iterator that computes, without holding up the event loop; `stop` is called if nobody asks for
     more of them."""
     loop = asyncio.get_running_loop()

@@ -56,7 +56,7 @@ RESTARTS = 3  # of a worker that dies
 ROUND_BYTES, ROUND_ROWS = 1 << 30, 1 << 17  # of requests that are in Ray's hands at a time
 _SHARD_BYTES = 64 << 20
 _SILENT_S = 5 * TELL_S
-_STOP_S = 1.0  # given to Ray to stop by itself
+_STOP_S = TELL_S + 1.0  # for Ray to stop what runs
 _ERRORS = {e.__name__: e for e in (
     BudgetError, CheckpointError, ModelError, ReadError, StoreError, StoreFull, UsageError)}  # fmt: skip
 
@@ -75,6 +75,13 @@ class Pool(NamedTuple):
     gpus: int
 
 
+class Connection(NamedTuple):
+    """To Ray: whether it is our `own`, to be ended by us; the `threads` that use it."""
+
+    own: bool
+    threads: list[threading.Thread]
+
+
 class RayJob(BatchJob):
     """A job whose answers come from the workers of a Ray cluster. `model` is what it is called on every node."""
 
@@ -84,6 +91,7 @@ class RayJob(BatchJob):
         self._heard: dict[str, tuple[float, Told]] = {}  # from each worker, and when
         self._noted: set[str] = set()
         self._began = 0.0
+        self._connection = Connection(False, [])
 
     def _run(self, given: Source, output: Output, work: Workload, how: How) -> None:
         if how.prefix_cache:
@@ -92,7 +100,7 @@ class RayJob(BatchJob):
         stats.wanted_tokens = work.new_tokens
         stats.what = "loading"
         self._told(stats)
-        with _connected():
+        with _connected() as self._connection:
             self.check()
             pool = _pool(self._workers, self.config)
             each = math.ceil(work.requests / pool.workers)
@@ -109,13 +117,11 @@ class RayJob(BatchJob):
             least = (work.prompt_tokens + work.new_tokens) / (pool.workers * IN_FLIGHT)
             while True:
                 before = stats.done + stats.failed
-                shards = _shards(given, journal, rows, least, how.share)
-                try:
+                with contextlib.closing(_shards(given, journal, rows, least, how.share)) as shards:
                     if not self._round(shards, order, pool):
                         return
-                finally:
-                    assert self._writer is not None
-                    self._writer.flush()
+                assert self._writer is not None
+                self._writer.flush()  # what has its answer waits no more
                 if stats.done + stats.failed == before:
                     raise OffloadError(
                         "the cluster has answered nothing of what was left; look into Ray's logs, then run the same "
@@ -138,7 +144,7 @@ class RayJob(BatchJob):
                 break
         if not blocks:
             return False
-        with contextlib.closing(_Stream(blocks, order, pool)) as stream:
+        with contextlib.closing(_Stream(blocks, order, pool, self._connection)) as stream:
             while True:
                 self.check()
                 message = stream.next(0.2)
@@ -166,7 +172,9 @@ class RayJob(BatchJob):
         for checkpoint in message.checkpoints:
             if checkpoint.number in waiting:
                 self._writer.checkpoint(checkpoint)
-        self._heard[message.told.worker] = time.monotonic(), message.told
+        before = self._heard.get(message.told.worker)
+        if before is None or before[1].passes <= message.told.passes:  # calls' messages overtake each other
+            self._heard[message.told.worker] = time.monotonic(), message.told
         for note in message.told.notes:
             if note not in self._noted:
                 self._noted.add(note)
@@ -199,7 +207,7 @@ class RayJob(BatchJob):
 
 def _shards(
     given: Source, journal: Journal, most: int, least: float, sharing: bool
-) -> Iterator[list[tuple[Pending, Row]]]:
+) -> Generator[list[tuple[Pending, Row]]]:
     """The requests that wait, in running order: `least` tokens or `most` requests together, and up to `IN_FLIGHT` times
     as many where they have a front in common."""
     shard: list[tuple[Pending, Row]] = []
@@ -221,13 +229,15 @@ def _shards(
 class _Stream:
     """What the workers send, as it comes. A thread waits for it, so that who asks can be told to stop meanwhile."""
 
-    def __init__(self, blocks: list[Any], order: Order, pool: Pool) -> None:
+    def __init__(self, blocks: list[Any], order: Order, pool: Pool, connection: Connection) -> None:
+        self._patience = 0.0 if connection.own else _STOP_S  # who ends Ray itself need not wait
         self._come: queue.SimpleQueue[Message | BaseException | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self.ended = False
         self._thread = threading.Thread(
             target=self._serve, args=(blocks, order, pool), name="batch-cluster", daemon=True
         )
+        connection.threads.append(self._thread)
         self._thread.start()
 
     def next(self, seconds: float) -> Message | None:
@@ -242,9 +252,9 @@ class _Stream:
         return item
 
     def close(self) -> None:
-        """Have the workers stop. It may take until one has something to say, and is not waited for longer than that."""
+        """Have the workers stop, which they do when one has something to say: every two seconds at least."""
         self._closing.set()
-        self._thread.join(_STOP_S)
+        self._thread.join(self._patience)
 
     def _serve(self, blocks: list[Any], order: Order, pool: Pool) -> None:
         try:
@@ -361,7 +371,7 @@ def _message(job: str, row: dict[str, Any]) -> Message:
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[None]:
+def _connected() -> Iterator[Connection]:
     """While this lasts, Ray is there: as it was, or the cluster that is found, or one of this machine alone."""
     for name, value in (
         ("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal"), ("RAY_DATA_DISABLE_PROGRESS_BARS", "1"),
@@ -370,9 +380,9 @@ def _connected() -> Iterator[None]:
         os.environ.setdefault(name, value)
     import ray
 
-    own = not ray.is_initialized()
+    connection = Connection(not ray.is_initialized(), [])
     try:
-        if own:
+        if connection.own:
             with _handlers(), _hushed():
                 try:
                     ray.init(include_dashboard=False, logging_level=logging.CRITICAL, log_to_driver=False)
@@ -387,11 +397,17 @@ def _connected() -> Iterator[None]:
         context.enable_progress_bars = context.enable_operator_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        yield
+        yield connection
     finally:
-        if own:
+        if connection.own:
+            # else a thread that asks Ray for something once it has ended would begin a cluster anew
+            hook = ray._private.auto_init_hook
+            before, hook.enable_auto_connect = hook.enable_auto_connect, False
             with _handlers():
                 ray.shutdown()
+            for thread in connection.threads:
+                thread.join(_STOP_S)
+            hook.enable_auto_connect = before
 
 
 @contextlib.contextmanager

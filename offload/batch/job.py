@@ -136,6 +136,7 @@ def run_job(
     """
     stop = stop or threading.Event()
     stats = JobStats(what="reading")
+    on_progress(stats)
     job = (make or BatchJob)(folder, config, stats, stop, on_progress, on_notes)
     job.preparer = Preparer(folder, load_config(folder), names=names, max_tokens=max_tokens, ignore_eos=ignore_eos)
     room = cache_folder()
@@ -166,7 +167,7 @@ class BatchJob:
         self._told, self._notes = on_progress, on_notes
         self._writer: AsyncOutput | None = None
         self._saved: dict[Task, int] = {}
-        self._saved_at = time.perf_counter()
+        self._began = self._saved_at = time.perf_counter()
 
     def check(self, data: bytes = b"") -> None:
         """Raises `Interrupted` if the run is to stop."""
@@ -230,7 +231,7 @@ class BatchJob:
             stats.sequences = engine.rate.sequences
             held.callback(runner.close)
             rows = held.enter_context(ReadAhead(given, journal.pending()))
-            began = time.perf_counter()
+            self._began = time.perf_counter()
             composer = Composer(journal.job, self.preparer.name)
 
             def tasks() -> Iterator[Task]:
@@ -249,13 +250,13 @@ class BatchJob:
             try:
                 for task in runner.run(tasks()):
                     self._ended(task, composer)
-                    self._tell(runner.progress, began)
+                    self._tell(runner.progress)
                 stats.learned = engine.learn_job(mean, runner.progress)
             except Interrupted:
                 self._save(runner.running, 0)
                 raise
             finally:
-                self._tell(runner.progress, began)
+                self._tell(runner.progress)
                 for note in engine.notes:
                     self._notes(note)
 
@@ -277,6 +278,7 @@ class BatchJob:
 
     def _passed(self, runner: Runner) -> None:
         """After each pass."""
+        self._tell(runner.progress)
         if time.perf_counter() - self._saved_at >= CHECKPOINT_S:
             self._save(runner.running, _UNSEEN)
 
@@ -291,9 +293,9 @@ class BatchJob:
                 self._writer.checkpoint(Checkpoint(task.owner, chooser.index, chooser.state()))
                 self._saved[task] = len(chooser.tokens)
 
-    def _tell(self, passes: Passes, began: float) -> None:
+    def _tell(self, passes: Passes) -> None:
         stats = self.stats
-        stats.seconds = time.perf_counter() - began
+        stats.seconds = time.perf_counter() - self._began
         stats.computed_tokens, stats.reused_tokens = passes.computed, passes.reused
         stats.new_tokens, stats.running, stats.passes, stats.step = (
             passes.generated, passes.running, passes.passes, passes.step,

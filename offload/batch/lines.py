@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import select
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from tiers import OffloadError, ReadError, StoreError, StoreFull, UsageError
 MAX_LINE = 16 << 20
 HEAD = 1024
 _BLOCK = 1 << 20
+_WAIT_MS = 200
 _BOM = b"\xef\xbb\xbf"
 
 Seen = Callable[[bytes], object]
@@ -120,7 +122,8 @@ class Source:
 
         What is no file that can be read from its beginning is kept in an unnamed one in `folder` (default: that for
         temporary files): the same command with the same stdin finds the same job. `seen` is called with every block,
-        and may raise. Raises `UsageError` if it is not there, `ReadError`, `StoreFull` and `StoreError`.
+        and with none while it waits for one; it may raise. Raises `UsageError` if it is not there, `ReadError`,
+        `StoreFull` and `StoreError`.
         """
         name = "stdin" if str(path) == "-" else str(path)
         try:
@@ -208,7 +211,7 @@ def _spool(fd: int, name: str, folder: Path | None, seen: Seen | None) -> tuple[
     where = folder if folder is not None else Path(tempfile.gettempdir())
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as kept:
-            while block := _received(fd, name):
+            while block := _received(fd, name, seen):
                 if seen is not None:
                     seen(block)
                 hashed.update(block)
@@ -223,8 +226,13 @@ def _spool(fd: int, name: str, folder: Path | None, seen: Seen | None) -> tuple[
         raise StoreError(f"{where}: {e.strerror}; what comes from {name} is kept there: give a file instead") from None
 
 
-def _received(fd: int, name: str) -> bytes:
+def _received(fd: int, name: str, seen: Seen | None) -> bytes:
+    """The next of it; `seen` is called while there is none, which may be for ever."""
+    coming = select.poll()
+    coming.register(fd, select.POLLIN)
     try:
+        while seen is not None and not coming.poll(_WAIT_MS):
+            seen(b"")
         return os.read(fd, _BLOCK)
     except OSError as e:
         raise _unreadable(name, e) from None

@@ -132,7 +132,7 @@ class Worker:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         # of the thread alone
-        self._given: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._saved: dict[Task, int] = {}
         self._saved_at = time.perf_counter()
 
@@ -164,6 +164,12 @@ class Worker:
             yield message
             if not call.waiting:
                 return
+
+    def close(self) -> None:
+        """Give memory back, when what was asked is answered."""
+        self._given.put(None)
+        if self._thread is not None:
+            self._thread.join()
 
     def _serve(self) -> None:
         try:
@@ -207,9 +213,9 @@ class Worker:
             "load_s": engine.load_s, "budget_bytes": engine.plan.ram,
         }  # fmt: skip
         self._notes = engine.notes
-        while True:
+        while (call := self._given.get()) is not None:
             incoming = _Incoming(self)
-            incoming.add(self._given.get())
+            incoming.add(call)
             for task in runner.run(incoming):
                 self.ended(task)
                 self._tell(runner)
@@ -236,9 +242,12 @@ class Worker:
     def next_call(self) -> _Call | None:
         """One whose requests may join; None if there is none at present."""
         try:
-            return self._given.get_nowait()
+            call = self._given.get_nowait()
         except queue.Empty:
             return None
+        if call is None:
+            self._given.put(None)  # for when what runs has ended
+        return call
 
     def ended(self, task: Task) -> None:
         """An answer has ended."""
