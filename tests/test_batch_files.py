@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_job import SETTINGS, answer, check, opened, run, scan, write_input
+from file_job import SETTINGS, answer, check, opened, run, scan, write_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

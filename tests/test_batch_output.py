@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_job import SETTINGS, answer, check, opened, run, scan, write_input
+from file_job import SETTINGS, answer, check, opened, run, scan, write_input
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -244,7 +244,7 @@ class TestCrash:
     def test_killed_processes(self, tmp_path: Path) -> None:
         write_input(tmp_path / "in.jsonl", 2000, bad_every=50, fail_every=70)
         chance = random.Random(3)
-        script = str(Path(__file__).with_name("batch_job.py"))
+        script = str(Path(__file__).with_name("file_job.py"))
         out = tmp_path / "out.jsonl"
         for n in range(3):
             before = out.stat().st_size if out.exists() else 0
