@@ -231,7 +231,9 @@ def test_a_comparison_end_to_end(scratch: Path, tmp_path: Path, here: list[list[
     mine, alone = result["summary"]["batch"], result["summary"]["one"]
     assert mine["whole"] and mine["answered"] == 6 and mine["measured_share"] == 1
     assert not alone["whole"] and alone["answered"] == 3 and 0.2 < alone["measured_share"] < 0.9
-    assert result["agreement"]["batch"]["identical"] == 3
+    # in bfloat16 a pass of another shape rounds otherwise: what is equal is `tests/test_batch_runner.py`'s, in float32
+    agreed = result["agreement"]["batch"]
+    assert agreed["requests"] == 3 and 0 < agreed["before_first_difference"] <= agreed["positions"]
     assert result["ratios"] == {"one": mine["new_tokens_per_s"] / alone["new_tokens_per_s"]}
     assert result["floor"]["share"]["batch"] == result["floor"]["floor_s"] / mine["job_s"]
     assert not (scratch / "batch-work").exists()
