@@ -14,7 +14,7 @@ from typing import Any
 
 from offload.batch.choosing import Choice
 from offload.batch.job import make_runner
-from offload.batch.order import arranged, key_of, work_of
+from offload.batch.order import arranged, exact_key, work_of
 from offload.batch.prepare import Prepared, Preparer
 from offload.batch.requests import LineError, Options, Request
 from offload.batch.responses import response_body
@@ -89,7 +89,7 @@ class Calls:
             todo: Iterable[tuple[int, Prepared]] = prepared()
             if isinstance(requests, Sequence):  # all are known: those with a common front become neighbours
                 known = list(todo)
-                rows = [(key_of(p.prompt), work_of(len(p.prompt), p.limit)) for _, p in known]
+                rows = [(exact_key(p.prompt), work_of(len(p.prompt), p.limit)) for _, p in known]
                 todo = [known[i] for i in arranged(rows)]
             for index, found in todo:
                 asked[index] = found, {}

@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK_TOKENS = 32
-UNIT = 4  # bytes of key for a block
-MAX_KEY = 4096  # bytes: 32,768 tokens
+from offload.batch.schedule import LEAST_SHARED
+
+BLOCK_TOKENS = LEAST_SHARED  # of a prompt; fronts are told apart by so many
+UNIT = 4  # bytes of key for a block, or a token
+MAX_KEY = 4096  # bytes: 16,384 tokens
 _LEVELS = 64  # of the tree; what is nested deeper stays within the last of them
 _MOST = (1 << 32) - 1
 
@@ -40,6 +42,14 @@ def key_of(tokens: Sequence[int]) -> bytes:
         before = hashlib.blake2b(before + ids[begin : begin + BLOCK_TOKENS].tobytes(), digest_size=16).digest()
         key.append(before[:UNIT])
     return b"".join(key)
+
+
+def exact_key(tokens: Sequence[int]) -> bytes:
+    """A key that tells fronts apart by the token, from `LEAST_SHARED` tokens on: for requests that are in memory."""
+    if len(tokens) < LEAST_SHARED:
+        return b""
+    ids = np.asarray(tokens, dtype=">u4")
+    return hashlib.blake2b(ids[:LEAST_SHARED].tobytes(), digest_size=UNIT).digest() + ids[LEAST_SHARED:].tobytes()
 
 
 def nodes(rows: Iterable[tuple[bytes, int]]) -> Iterator[Node]:
