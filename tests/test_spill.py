@@ -522,6 +522,7 @@ class Machine(RuleBasedStateMachine):
         """What `work` returns; None where a spill has failed, which may be told to whoever comes next."""
         if not self.suspect:
             return work()
+        self.settle()
         try:
             return work()
         except OffloadError as e:
@@ -529,8 +530,17 @@ class Machine(RuleBasedStateMachine):
                 raise
             return None
 
+    def settle(self) -> None:
+        """Wait for what is being written: who is told that it failed must not hang on threads, or hypothesis finds that
+        the same steps go another way."""
+        for entry in self.residency._entries.values():
+            if entry.spilling is not None:
+                assert entry.spilling._done.wait(PATIENCE)
+
     def demand(self, work: Callable[[], Lease]) -> Lease | None:
         """What a demand for a slot may say."""
+        if self.suspect:
+            self.settle()
         if self.room:
             return self.told(work)  # type: ignore[no-any-return]
         with pytest.raises((RuntimeError, OffloadError), match=r"every slot|injected") as refusal:
@@ -621,9 +631,7 @@ class Machine(RuleBasedStateMachine):
     def repair(self) -> None:
         """And write what could not be written."""
         self.broken = False
-        for entry in self.residency._entries.values():
-            if entry.spilling is not None:
-                assert entry.spilling._done.wait(PATIENCE)
+        self.settle()
         for key in self.model:
             entry = self.residency._entries[key]
             if entry.spilling is not None and entry.spilling.error is not None:
