@@ -22,12 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, BenchError, flags, head, load_average, run_script, say, worker_env, write_json
+from killing import die_at
 
 CALLS = ("write", "fsync", "ftruncate", "rename", "unlink")
 HOW = ("time", "call", "time", "full")  # in turn
@@ -61,26 +61,6 @@ def requests(count: int, longest: int) -> list[str]:
 # the job, in a process that is killed
 
 
-def _die_at(call: int) -> None:
-    """From now on, be killed at the `call`-th system call that changes files: before it, or with half of it written."""
-    left = call
-
-    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def instead(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                if name == "write":
-                    real(args[0], memoryview(args[1])[: len(args[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        return instead
-
-    for name in CALLS:
-        setattr(os, name, counted(name, getattr(os, name)))
-
-
 def nursery() -> None:
     """Import once, then fork a runner for every line on stdin (JSON) and tell how it ends."""
     import torch
@@ -107,7 +87,7 @@ def nursery() -> None:
                 if task["largest"] is not None:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (task["largest"], resource.RLIM_INFINITY))
                 if task["call"]:
-                    _die_at(task["call"])
+                    die_at(task["call"], CALLS)
                 stats = offload.run_batch(task["model"], *task["files"], errors=task["errors"], **OPTIONS)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
                 found = ["done", [stats.load_s, stats.seconds]]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, BenchError, head, load_average, say, worker_env, write_json
+from killing import die_at
 
 FINGERPRINT, ARITHMETIC = "crash test", "float32"
 LAYERS, HEADS, WIDTH = 3, 2, 16
@@ -85,26 +86,6 @@ def converse(folder: Path, seed: int, report: Callable[[str], None]) -> None:
             sessions.prune(rng.choice([0, 2 << 20]))
 
 
-def _die_at(call: int) -> None:
-    """From now on, be killed at the `call`-th system call that changes files: before it, or with half of it written."""
-    left = call
-
-    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def instead(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                if name == "write":
-                    real(args[0], memoryview(args[1])[: len(args[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        return instead
-
-    for name in CALLS:
-        setattr(os, name, counted(name, getattr(os, name)))
-
-
 def nursery(folder: Path) -> None:
     """Import once, then fork a writer for every line on stdin (seed, call to die at or 0) and tell how it goes."""
     import torch
@@ -120,7 +101,7 @@ def nursery(folder: Path) -> None:
         if child == 0:
             try:
                 if call:
-                    _die_at(call)
+                    die_at(call, CALLS)
                 converse(folder, seed, lambda text: (write(1, f"{text}\n".encode()), None)[1])
             except BaseException as e:
                 write(1, f"failed {type(e).__name__} {e}\n".encode())

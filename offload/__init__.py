@@ -167,8 +167,8 @@ def profile(model: str | Path | None = None, *, fresh: bool = False, **options: 
     from offload.config import RunConfig
 
     config = RunConfig.of(options)
-    from offload.engine import make_device
     from offload.hardware import profile as measured
+    from offload.means import make_device
     from offload.resolve import resolve
 
     return measured(resolve(model), make_device(config), fresh=fresh)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from kvstore import PrefixStore, RaggedCache, Sessions, TieredCache, spoil
-from kvstore.chunks import LEAST_TOKENS
 from kvstore.sparse import OBSERVED
 from moe import LayerExperts, grouped, kernels
 from offload import graphs, hardware, hf, launches, native
@@ -35,6 +33,15 @@ from offload.fingerprint import fingerprint
 from offload.hierarchy import Hierarchy, Progress
 from offload.kv import KV
 from offload.layout import ExpertGroup
+from offload.means import (
+    device_budget,
+    job_budgets,
+    kv_resident,
+    make_device,
+    ram_budget,
+    reads_directly,
+    stored_at_most,
+)
 from offload.planning import calibration
 from offload.planning.budgets import READERS, Budgets, Overrides
 from offload.planning.calibration import Calibration
@@ -42,14 +49,10 @@ from offload.planning.plan import Plan
 from offload.planning.predict import Prediction, Workload, predict
 from offload.planning.search import choose
 from offload.planning.throughput import Rate, choose_job, compute_s
-from offload.sizes import parse_part, parse_rate, parse_size
+from offload.sizes import parse_size
 from offload.stats import RequestStats, StepStats
 from tiers import (
-    CpuDevice,
-    CudaDevice,
-    Device,
     DirectReader,
-    EmulatedDevice,
     Interrupted,
     KvikioReader,
     OffloadError,
@@ -106,7 +109,7 @@ class Engine:
         self.hf_config, self.hf, self.layout = description.config, description.model, description.layout
         assert description.checkpoint is not None
         self.device = make_device(config)
-        directly = _reads_directly(folder, self.device)
+        directly = reads_directly(folder, self.device)
         device_base, vram = device_budget(config, self.device)
         device_base += (gds.DEVICE_CACHE if directly else 0) + (graphs.RESERVE if config.graphs else 0)
         ram = ram_budget(config)
@@ -127,7 +130,7 @@ class Engine:
                 else None
             ),
             context=config.context,
-            kv_resident=_kv_resident(config),
+            kv_resident=kv_resident(config),
             kv_below=config.kv_budget is not None,
         )
         machine = self.calibration.apply(self.machine)
@@ -142,7 +145,7 @@ class Engine:
             self.plan: Plan = choose(description, budgets, machine, workload, self.calibration.routing, overrides).plan
         else:
             found = choose_job(
-                description, functools.partial(_job_budgets, budgets, job), machine, job, self.calibration.routing,
+                description, functools.partial(job_budgets, budgets, job), machine, job, self.calibration.routing,
                 overrides,
             )  # fmt: skip
             self.plan, self.rate, self.rates = found.plan, found.rate, found.others
@@ -317,7 +320,7 @@ class Engine:
     def prefixes(self, sessions: Sessions) -> PrefixStore:
         """What is stored of this model's keys and values, and may be: as much as `--disk` says."""
         disk = self.config.disk
-        limit = parse_size(disk, flag="--disk") if disk is not None else _stored_at_most(sessions.folder)
+        limit = parse_size(disk, flag="--disk") if disk is not None else stored_at_most(sessions.folder)
         return sessions.prefixes(self.fingerprint, self.arithmetic, limit=limit)
 
     def new_cache(self, capacity: int) -> Cache:
@@ -501,69 +504,6 @@ class Engine:
             raise OffloadError("give input_ids: embeddings are read from disk by token")
         cache = inputs.pop("past_key_values", None)
         return self.step(Sequences(cache, inputs), input_ids)
-
-
-def make_device(config: RunConfig) -> Device:
-    """The device asked for; `auto` is CUDA where there is one. Raises `UsageError`."""
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.graphs and kind != "cuda":
-        raise UsageError(f"--graphs: there are CUDA graphs on a CUDA device only, and this is --device {kind}")
-    if kind == "emulated":
-        return EmulatedDevice(parse_rate(config.link, flag="--link"))
-    if config.vram is not None and kind == "cpu":
-        raise UsageError("--vram: there is no device with memory of its own here; use --device emulated to try one")
-    return CudaDevice() if kind == "cuda" else CpuDevice()
-
-
-def _reads_directly(folder: Path, device: Device) -> bool:
-    """Whether files are to be read straight into device memory: only where measurements say that it is faster.
-
-    Loads kvikio, which takes memory: before what the process already uses is looked at.
-    """
-    known = hardware.kept(folder, device) if device.kind == "cuda" else None
-    return known is not None and known.prefers_direct and gds.unusable() is None
-
-
-def device_budget(config: RunConfig, device: Device) -> tuple[int, int | None]:
-    """(what the device takes for itself, its budget or None)."""
-    if not device.own_memory:
-        return 0, None
-    if isinstance(device, CudaDevice):
-        taken, free = device.memory()
-        return taken, parse_size(config.vram, of=free, flag="--vram") if config.vram is not None else int(free * 0.9)
-    if config.vram is None:
-        raise UsageError("--device emulated needs --vram, the size of the memory to emulate")
-    return 0, parse_size(config.vram, of=mem.available(), flag="--vram")
-
-
-def _job_budgets(budgets: Budgets, job: Job, sequences: int) -> Budgets:
-    """Room for so many sequences: whole chunks, and for the longest of them."""
-    each = -(-job.each // LEAST_TOKENS) * LEAST_TOKENS + LEAST_TOKENS
-    context = budgets.context or max(sequences * each, job.longest + LEAST_TOKENS)
-    return replace(budgets, context=context, kv_below=True)
-
-
-def _kv_resident(config: RunConfig) -> int | float | None:
-    """What is to be kept in memory; sparse attention and codecs are over chunks even if all of them are."""
-    if config.kv_resident is None and (config.kv_budget is not None or config.kv_codec is not None):
-        return 1.0
-    return parse_part(config.kv_resident, flag="--kv-resident")
-
-
-def _stored_at_most(folder: Path) -> int:
-    """What stored keys and values may take, all models together, where nobody has said: half of the disk's free space
-    and of what they take already."""
-    taken = sum(p.stat().st_size for p in folder.glob("*.kv"))
-    return (shutil.disk_usage(folder).free + taken) // 2
-
-
-def ram_budget(config: RunConfig) -> int:
-    """`--ram` in bytes; by default, and for a percentage, of what is free within the cgroup."""
-    if config.ram is None:
-        return int(mem.available() * 0.85)  # the rest is for what else runs here
-    return parse_size(config.ram, of=mem.available(), flag="--ram")
 
 
 def pieces(tokens: int, chunk: int, least: int = 1) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from offload import hardware
 from offload.config import RunConfig
 from offload.describe import describe_for_plan
-from offload.engine import device_budget, make_device, ram_budget
+from offload.means import device_budget, make_device, ram_budget
 from offload.planning import calibration
 from offload.planning.budgets import Budgets, Overrides
 from offload.planning.machine import Machine, described
